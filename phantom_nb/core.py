@@ -118,32 +118,33 @@ class Regularizer(Callback):
 
     def __init__(self,
         lam=1., # weight >= 0, or a function of progress in [0,1] such as a fastai annealer
-        every:int=1, # batches from one penalty to the next, >= 1; the penalty is multiplied by it
+        every:int=1, # optimizer steps from one penalty to the next, >= 1; the penalty is multiplied by it
         layers=None # see `select_layers`; None for all layers of `self.types`
     ):
         if not callable(lam): _check_number('lam', lam, lambda v: v>=0, "a finite number >= 0 or an annealer such as SchedLin(0., 1.)")
-        _check_number('every', every, lambda v: v>=1 and v==int(v), "a whole number of batches >= 1")
+        _check_number('every', every, lambda v: v>=1 and v==int(v), "a whole number of steps >= 1")
         store_attr()
-        self.selected,self.records = {},[]
+        self.selected,self.records,self.steps,self._loaded = {},[],0,0
 
     def penalty(self): raise NotImplementedError(f"{type(self).__name__} must define penalty()")
     def setup(self): pass
     def release(self): pass
-    def state_dict(self): return {}
-    def load_state_dict(self, state): pass
+    def state_dict(self): return dict(steps=self.steps) if self.every>1 else {}
+    def load_state_dict(self, state): self._loaded = state.get('steps', 0)
+    def after_step(self): self.steps += 1
     def before_fit(self):
         self.selected,self._fresh = select_layers(self.model, self.layers, self.types),True
+        self.steps,self._loaded = self._loaded,0
         self.setup()
 
     def after_loss(self):
-        step = self.epoch*self.n_iter + self.iter
-        if step % self.every: return
+        if self.steps % self.every: return
         lam = self.lam_now()
         with torch.set_grad_enabled(lam>0), torch.autocast(self.loss_grad.device.type, enabled=False): r = self.penalty()
         if r.ndim: raise ValueError(f"{type(self).__name__}.penalty() returned shape {tuple(r.shape)}: return a scalar")
         term = lam*self.every*r
-        share = self._share(term) if step % (self.probe_every*self.every) == 0 else math.nan
-        self._record(step, self.epoch + (self.iter+1)/self.n_iter, lam, r.detach(), share)
+        share = self._share(term) if self.steps % (self.probe_every*self.every) == 0 else math.nan
+        self._record(self.steps, self.epoch + (self.iter+1)/self.n_iter, lam, r.detach(), share)
         if term.requires_grad: self.learn.loss_grad = self.loss_grad + term
 
 # %% ../nbs/core.ipynb #8e869c95

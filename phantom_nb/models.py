@@ -40,7 +40,7 @@ def _scaled(
     what:str # the factor's name, for the message
 )->int: # at least 1
     "Scale a count by a factor and round half up."
-    if not 0<factor<math.inf: raise ValueError(f"{what}={factor!r}: use a number above 0; 1 is the network as published")
+    if not 0<factor<math.inf: raise ValueError(f"{what}={factor!r}: use a number above 0 (1 changes nothing)")
     return max(1, math.floor(n*factor+.5))
 
 # %% ../nbs/models.ipynb #e53bd32d
@@ -175,6 +175,11 @@ def wrn(
     return _he(_named(conv=conv, **stages, bn=nn.BatchNorm2d(ni), relu=nn.ReLU(), head=_head(ni, n_out, 0.)))
 
 # %% ../nbs/models.ipynb #4833602d
+class _BasicBlock(resnet.BasicBlock):
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + shortcut)
+
 def resnet18(
     n_in:int=3, # channels of the images, at least 1
     n_out:int=10, # classes, at least 1
@@ -183,7 +188,7 @@ def resnet18(
 )->nn.Module: # (B, n_in, H, W) -> (B, n_out) logits
     "Build ResNet-18 with a first layer for small images; ValueError below 8×8 (He 2016, torchvision)."
     _check('resnet18', size, n_in=n_in, n_out=n_out)
-    net = _keep(resnet.resnet18(num_classes=n_out))
+    net = _keep(resnet.ResNet(_BasicBlock, [2,2,2,2], num_classes=n_out))
     net.conv1 = nn.Conv2d(n_in, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu')
     net.maxpool,net.fc = nn.Identity(),nn.Sequential(nn.Dropout(dropout), net.fc)
@@ -205,8 +210,9 @@ def create_model(
 )->nn.Module: # (B, n_in, H, W) -> (B, n_out) logits
     "Build a network by name; ValueError for a name, size or option that does not exist (ours)."
     if name not in MODELS: raise ValueError(f"unknown model {name!r}: use one of {', '.join(MODELS)}")
-    has,kw = _options(name),dict(n_in=n_in, n_out=n_out, size=size, width=width, depth=depth, dropout=dropout, **options)
-    kw = {k:v for k,v in kw.items() if k in has or k not in ('width','depth') or v!=1}
+    has,kw = _options(name),dict(n_in=n_in, n_out=n_out, size=size, dropout=dropout, **options)
+    factors = dict(width=width, depth=depth)
+    kw |= {k:v for k,v in factors.items() if k in has or v!=1}
     for k in kw.keys()-has:
         others = ', '.join(n for n in MODELS if k in _options(n))
         hint = f"the networks that have it are {others}" if others else f"its options are {', '.join(has)}"

@@ -1,0 +1,71 @@
+# The tasks of the project. Each makes .venv and installs what it needs, pinned by constraints.txt.
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+DEPS := settings.ini setup.py pyproject.toml constraints.txt
+SHELL := /bin/bash
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MPLBACKEND := agg
+
+define step
+@printf '\n== %s ==\n' "$(1)"
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help compare test notebooks style docs readme constraints clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+compare: $(VENV)/.runtime ## Compare every method on the embedded data; options: make compare ARGS="--help"
+	@phantom_nb compare $(ARGS)
+
+test: $(VENV)/.dev notebooks style docs ## Run everything: notebooks, style, docs site, and pytest last
+	$(call step,pytest)
+	@SITE=_docs python -m pytest
+
+notebooks: $(VENV)/.dev ## Run every notebook as a test, two at a time
+	$(call step,notebooks)
+	@OMP_NUM_THREADS=1 nbdev-test --n-workers 2 --timing
+
+style: $(VENV)/.dev ## Check the style of notebooks and tests
+	$(call step,style)
+	@chkstyle nbs tests setup.py --show-rule
+
+docs: $(VENV)/.dev ## Build the docs site into _docs; a broken link is an error
+	$(call step,docs site)
+	@python -W ignore -c 'from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=2)'
+	@smalldocs render _proc > _proc/warnings.txt 2>&1 || { cat _proc/warnings.txt; exit 1; }
+	@! grep 'broken link' _proc/warnings.txt
+	@rm -rf _docs && mv _proc/_docs _docs && rm -rf _proc
+	@echo "$$(find _docs -name '*.html' | wc -l) pages in _docs"
+
+readme: $(VENV)/.dev ## Make README.md from nbs/index.ipynb
+	@python tests/readme.py
+
+constraints: $(VENV)/.dev ## Pin what is installed now in constraints.txt
+	@{ sed -n '/^#/p' constraints.txt; python -m pip freeze --exclude-editable | grep '=='; } > $(VENV)/constraints.txt
+	@mv $(VENV)/constraints.txt constraints.txt
+
+clean: ## Remove everything that the other tasks made
+	rm -rf $(VENV) _proc _docs build dist *.egg-info .pytest_cache .hypothesis
+	find nbs phantom_nb tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment. A stamp says that an installation of these requirements ended well.
+
+$(BIN)/python:
+	@command -v "$(PYTHON)" > /dev/null || { echo "No $(PYTHON) here. Install Python 3.11 or newer, or say: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "phantom_nb needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Say: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.runtime: $(DEPS) | $(BIN)/python
+	@echo "Installing what phantom_nb needs to run ..."
+	@$(PIP) -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.dev: $(DEPS) | $(BIN)/python
+	@echo "Installing what phantom_nb needs to run and to be tested ..."
+	@$(PIP) -e '.[dev]' -c constraints.txt
+	@touch $(VENV)/.runtime $@
