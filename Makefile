@@ -14,6 +14,7 @@ define step
 endef
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help compare test notebooks style docs readme constraints clean
 
 help: ## Show this list
@@ -36,11 +37,7 @@ style: $(VENV)/.dev ## Check the style of notebooks and tests
 
 docs: $(VENV)/.dev ## Build the docs site into _docs; a broken link is an error
 	$(call step,docs site)
-	@python -W ignore -c 'from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=2)'
-	@smalldocs render _proc > _proc/warnings.txt 2>&1 || { cat _proc/warnings.txt; exit 1; }
-	@! grep 'broken link' _proc/warnings.txt
-	@rm -rf _docs && mv _proc/_docs _docs && rm -rf _proc
-	@echo "$$(find _docs -name '*.html' | wc -l) pages in _docs"
+	@python -W ignore tests/docs.py
 
 readme: $(VENV)/.dev ## Make README.md from nbs/index.ipynb
 	@python tests/readme.py

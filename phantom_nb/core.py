@@ -293,10 +293,10 @@ def _loss_is_data(make, toy):
     "the penalty enters loss_grad, never loss; validation is untouched"
     cb = make(lam=10.)
     assert _step(toy(cb)).loss == _step(toy()).loss, "the reported training loss contains the penalty"
-    n = len(cb.records)
-    assert n and math.isfinite(cb.records[0][3]), "no finite penalty was recorded"
+    rec = list(cb.records)
+    assert rec and math.isfinite(rec[0][3]), "no finite penalty was recorded"
     assert list(toy(cb).validate()) == list(toy().validate()), "the validation loss contains the penalty"
-    assert len(cb.records)==n, "the penalty is computed during validation"
+    assert len(cb.records)==len(rec) and cb.records[0] is rec[0], "the penalty is computed during validation"
 
 def _accumulates(make, toy):
     "k micro-batches give the gradient of one batch, or the penalty says that it does not decompose"

@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from PIL import Image
 from torch import Tensor
-
-# %% ../nbs/data.ipynb #7fd63f37
 # `fastai.vision.learner` is imported for its effect: it teaches `show_batch` and `show_results` to draw images.
 import fastai.vision.learner # chkstyle: ignore
 from fastai.data.core import DataLoaders, TfmdDL
@@ -85,7 +83,6 @@ DATASETS = dict(
     cifar100 = DatasetSpec(sorted(sum(_cifar100.values(), [])), _cifar100, (3,32,32), True,
         ('cifar100',), _tv.CIFAR100, 'cifar-100-python'))
 
-# %% ../nbs/data.ipynb #fdd40272
 def _spec(name): # the spec called `name`, or a ValueError that lists the right names
     if isinstance(name, str) and name in DATASETS: return DATASETS[name]
     near = difflib.get_close_matches(str(name).lower(), DATASETS, 1, 0.5)
@@ -172,13 +169,12 @@ def read_idx(
             zero, kind, ndim = struct.unpack('>HBB', f.read(4))
             shape = struct.unpack(f'>{ndim}I', f.read(4*ndim))
             raw = b'' if header else bytearray(f.read())
-    except (OSError, EOFError, struct.error, zlib.error) as e: raise ValueError(f"{path} is not an idx file: {e}") from e
-    if (zero, kind) != (0, 8): raise ValueError(f"{path} is not an idx file of unsigned bytes")
+    except (OSError, EOFError, struct.error, zlib.error) as e: raise ValueError(f"{path} is no idx file: {e}") from e
+    if (zero, kind) != (0, 8): raise ValueError(f"{path} is no idx file of unsigned bytes")
     if header: return shape
     if len(raw) != np.prod(shape): raise ValueError(f"{path} is cut short: {len(raw)} bytes for shape {shape}")
     return torch.frombuffer(raw, dtype=torch.uint8).view(shape)
 
-# %% ../nbs/data.ipynb #3240cb62
 _system = '/usr/share/datasets'
 _idx_names = [f'{s}-{k}-ubyte' for s in ('train','t10k') for k in ('images-idx3','labels-idx1')]
 def _idx_hits(folder): return [next((p for p in (folder/n, folder/f'{n}.gz') if p.exists()), None) for n in _idx_names]
@@ -187,12 +183,13 @@ def _idx(name, folder): # Fashion-MNIST as Debian or torchvision lays it out
     files = _idx_hits(folder)
     lost = [n for n, f in zip(_idx_names, files) if f is None]
     if lost: raise ValueError(f"{name} in {folder} is incomplete: {', '.join(lost)} (plain or .gz) is missing")
-    (n, *shape), _, (m, *_), _ = [read_idx(f, header=True) for f in files]
-    source = f"idx files under {folder}" if folder.is_relative_to(_system) else f"idx files in folder {folder.resolve().name!r}"
+    (n, *shape), (n1,), (m, *_), (m1,) = [read_idx(f, header=True) for f in files]
+    if (n, m) != (n1, m1): raise ValueError(f"{name} in {folder} is corrupt: {n} images but {n1} labels, {m} but {m1}")
+    place = f'under {folder}' if folder.is_relative_to(_system) else f'in folder {folder.resolve().name!r}'
     def load():
         x, y, x1, y1 = map(read_idx, files)
         return (x[:,None], y.long()), (x1[:,None], y1.long())
-    return _Found(n, m, (1, *shape), source, folder, load)
+    return _Found(n, m, (1, *shape), f'idx files {place}', folder, load)
 
 # %% ../nbs/data.ipynb #fe8f183b
 def _pickles(name, folder): # CIFAR as torchvision lays it out
@@ -209,8 +206,8 @@ def _pickles(name, folder): # CIFAR as torchvision lays it out
 def _plain(s): return re.sub('[^a-z0-9]+', '_', s.lower()).strip('_')
 
 def _class_dirs(split): # plain class name -> its folder
-    def subdirs(d): return [Path(e.path) for e in os.scandir(d) if e.is_dir() and e.name[0] != '.'] if d.is_dir() else []
-    tops = subdirs(split)
+    def subdirs(d): return [Path(e.path) for e in os.scandir(d) if e.is_dir() and e.name[0] != '.']
+    tops = subdirs(split) if split.is_dir() else []
     return {_plain(d.name): d for d in [s for d in tops for s in subdirs(d)] or tops}
 
 def _is_tree(name, folder): # is there a split with at least one of this data set's classes?
@@ -243,7 +240,7 @@ def _decode(files, mode, stamp): # (N,C,H,W) uint8 array; `stamp` is there to be
         except OSError as e: raise ValueError(f"{f} is not a readable image: {e}") from e
     with ThreadPoolExecutor() as ex: ims = list(ex.map(one, files))
     odd = next((i for i, im in enumerate(ims) if im.shape != ims[0].shape), 0)
-    if odd: raise ValueError(f"images of mixed size: {files[0]} has (H,W) {ims[0].shape[:2]}, {files[odd]} {ims[odd].shape[:2]}")
+    if odd: raise ValueError(f"images of mixed size: {files[0]} is {ims[0].shape}, {files[odd]} is {ims[odd].shape}")
     return np.stack(ims).reshape(len(ims), *ims[0].shape[:2], -1).transpose(0,3,1,2).copy()
 
 def _memory(): # joblib's store in the user's cache, or none where that cannot be written
@@ -285,7 +282,7 @@ def _find(name, places): # the first hit, or None
 def available(
     root:str|Path=None, # a folder to look in first
 )->pd.DataFrame: # one row a data set: found, source, train, test, shape, classes, path
-    "List the data sets that can be loaded here, from names and headers alone. Raises FileNotFoundError for a wrong `root`."
+    "List the data sets that can be loaded here, from names and headers. Raises FileNotFoundError for a wrong `root`."
     places, rows = _places(root), {}
     for name, spec in DATASETS.items():
         try: hit = _find(name, places) or _Found(0, 0, spec.shape, 'not found', '', None)
@@ -297,9 +294,9 @@ def available(
 def _ways(name): # how to get it, in words
     layout = 'the four idx files' if name == 'fashion_mnist' else f'{DATASETS[name].tv_dir}/'
     debian = " (on Debian and Ubuntu: `apt install dataset-fashion-mnist`)"*(name == 'fashion_mnist')
-    return (f"Two ways to get it:\n  1. download it: `phantom_nb data {name} --download` or load_dataset({name!r}, download=True)"
-        f"\n  2. put {layout} or train/<class>/*.png and test/<class>/*.png into a folder and name that folder in "
-        f"`root=`, `--root` or $PHANTOM_NB_DATA{debian}")
+    return (f"Two ways to get it:\n  1. download it: `phantom_nb data {name} --download` or "
+        f"load_dataset({name!r}, download=True)\n  2. put {layout} or train/<class>/*.png and test/<class>/*.png into a "
+        f"folder and name that folder in `root=`, `--root` or $PHANTOM_NB_DATA{debian}")
 
 def _download(name, place): # with torchvision, all or nothing
     spec = DATASETS[name]
@@ -308,7 +305,7 @@ def _download(name, place): # with torchvision, all or nothing
         with tempfile.TemporaryDirectory(dir=place) as tmp:
             for t in (True, False): spec.tv(tmp, train=t, download=True)
             (Path(tmp)/spec.tv_dir).rename(place/spec.tv_dir)
-    except (OSError, RuntimeError) as e: raise ConnectionError(f"no download of {name} to {place}: {e}\n{_ways(name)}") from e
+    except (OSError, RuntimeError) as e: raise ConnectionError(f"{name} was not downloaded: {e}\n{_ways(name)}") from e
 
 # %% ../nbs/data.ipynb #5afe2809
 def load_dataset(
@@ -330,7 +327,7 @@ def load_dataset(
         f"{', '.join(DATASETS[name].folders)}:\n  - " + '\n  - '.join(tried) + '\n' + _ways(name))
 
 # %% ../nbs/data.ipynb #5d2176a4
-def _queue(y, seed): # every index, one of each class in turn; how many lead are balanced; how many of those are full rounds
+def _queue(y, seed): # all indices, a class at a time in turn; the largest balanced lead; the length of the full rounds
     rng = np.random.default_rng([seed, 0])
     _, y, cnt = np.unique(np.asarray(y), return_inverse=True, return_counts=True)
     perm, turn = rng.permutation(len(y)), rng.permutation(len(cnt))
@@ -340,9 +337,8 @@ def _queue(y, seed): # every index, one of each class in turn; how many lead are
     return torch.from_numpy(perm[np.lexsort((turn[y], rank))]), int(full + (cnt > cnt.min()).sum()), int(full)
 
 def _size(what, n, low, high): # n, if it is an integer in [low, high]
-    if n != int(n) or not low <= n <= high: raise ValueError(f"{what}={n} must be an integer from {low} (the number of classes) "
-        f"to {high} (the largest possible here)")
-    return int(n)
+    if n == int(n) and low <= n <= high: return int(n)
+    raise ValueError(f"{what}={n} must be an integer from {low} (the number of classes) to {high} (the largest here)")
 
 def balanced_subset(
     y:Tensor, # (N,) labels
@@ -353,16 +349,7 @@ def balanced_subset(
     order, best, _ = _queue(y, seed)
     return order[:_size('n', n, len(np.unique(np.asarray(y))), best)]
 
-# %% ../nbs/data.ipynb #21a04c38
-def _to_bytes(o, shape): # path, PIL image, array or tensor -> uint8 of `shape`; only PIL images are converted and resized
-    if isinstance(o, (str, Path)): o = Image.open(o)
-    if isinstance(o, Image.Image): o = np.asarray(o.convert('RGB' if shape[0] == 3 else 'L').resize(shape[:0:-1]))
-    if isinstance(o, np.ndarray) and o.shape == (*shape[1:], 3): o = o.transpose(2,0,1)
-    o = torch.as_tensor(np.array(o))
-    if o.dtype == torch.uint8 and o.shape in (shape, shape[1:]): return o.view(shape)
-    raise ValueError(f"an image must be uint8 of shape {tuple(shape)}, got {o.dtype} of shape {tuple(o.shape)}")
-
-# %% ../nbs/data.ipynb #cc50907b
+# %% ../nbs/data.ipynb #961e64b4
 class ImageSet(GetAttr):
     "Hold images and labels on one device, with what is needed to show and to decode them"
     _default, n_inp = 'info', 1
@@ -379,22 +366,39 @@ class ImageSet(GetAttr):
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return (self.x[i],) if self.y is None else (self.x[i], self.y[i])
     def _with(self, x, y, fine=None): return ImageSet(x, None if y is None else y.to(x.device), self.info, fine)
-    def new_empty(self): return self._with(self.x[:0].clone(), torch.zeros(0, dtype=torch.long))
-    def to(self, device):
-        if torch.device(device) == self.x.device: return self
-        return self._with(self.x.to(device), self.y, self.fine)
-    def coarsened(self): # superclasses as labels, classes in `fine`
-        info = replace(self.info, classes=self.coarse_names)
-        return ImageSet(self.x, self.coarse.to(self.y.device)[self.y], info, self.y.cpu())
-    def decode(self, o, full=True): return (o[0], *(Category(self.classes[int(i)]) for i in o[1:]))
-
     @property
     def items(self): return [self[i] for i in range(len(self))]
 
-    def from_items(self, items, with_labels=False): # what `test_dl` and `predict` make of new images
-        xs, ys = zip(*items) if with_labels else (items, None)
-        x = torch.stack([_to_bytes(o, self.x.shape[1:]) for o in xs]).to(self.x.device)
-        return self._with(x, None if ys is None else torch.tensor([int(o) for o in ys]))
+    def to(self, device):
+        "Copy to `device`, or return itself if it is there"
+        return self if torch.device(device) == self.x.device else self._with(self.x.to(device), self.y, self.fine)
+    def new_empty(self):
+        "Copy everything but the images"
+        return self._with(self.x[:0].clone(), torch.zeros(0, dtype=torch.long))
+    def coarsened(self):
+        "Replace the labels by their superclasses and keep them in `fine`"
+        y, info = self.coarse.to(self.y.device)[self.y], replace(self.info, classes=self.coarse_names)
+        return ImageSet(self.x, y, info, self.y.cpu())
+    def decode(self, o, full=True):
+        "Name the labels of one item"
+        return (o[0], *(Category(self.classes[int(i)]) for i in o[1:]))
+
+# %% ../nbs/data.ipynb #ee088873
+def _to_bytes(o, shape): # path, PIL image, array or tensor -> uint8 of `shape`; files and PIL images are resized
+    if isinstance(o, (str, Path)): o = Image.open(o)
+    if isinstance(o, Image.Image): o = np.asarray(o.convert('L' if shape[0] == 1 else 'RGB').resize(shape[:0:-1]))
+    if isinstance(o, np.ndarray) and o.shape == (*shape[1:], 3): o = o.transpose(2,0,1)
+    o = torch.as_tensor(np.array(o))
+    if o.dtype == torch.uint8 and o.shape in (shape, shape[1:]): return o.view(shape)
+    raise ValueError(f"an image must be uint8 of shape {tuple(shape)}, got {o.dtype} of shape {tuple(o.shape)}")
+
+# %% ../nbs/data.ipynb #336802c1
+@patch
+def from_items(self:ImageSet, items, with_labels=False):
+    "Make a set of new images, each alone or, `with_labels`, paired with its label. Raises ValueError."
+    xs, ys = zip(*items) if with_labels else (items, None)
+    x = torch.stack([_to_bytes(o, self.x.shape[1:]) for o in xs]).to(self.x.device)
+    return self._with(x, None if ys is None else torch.tensor([int(o) for o in ys]))
 
 # %% ../nbs/data.ipynb #4b8b36ac
 @dataclass(frozen=True)
@@ -448,8 +452,12 @@ class ImageDL(TfmdDL):
         if d is not None: self.dataset = self.dataset.to(d)
 
     def new(self, dataset=None, cls=None, **kwargs):
+        "Copy the loader, with some arguments changed"
         state = {k: getattr(self, k) for k in 'seed augment channels_last epoch'.split()}
         return super().new(dataset, cls, **merge(state, kwargs))
+
+    def _rng(self, stream, ahead=0): return np.random.default_rng([self.seed, self.epoch + ahead, stream])
+    def _draws(self, ahead=0): return self.augment.draw(len(self.dataset), self._rng(2, ahead)).to(self.device)
 
 # %% ../nbs/data.ipynb #2bc7c939
 @patch
@@ -458,23 +466,26 @@ def __len__(self:ImageDL):
     return full + (not self.drop_last and rest > (full > 0 and self.bs > 1))
 
 @patch
-def get_idxs(self:ImageDL): return self._rng(1).permutation(self.n) if self.shuffle else np.arange(self.n)
+def get_idxs(self:ImageDL):
+    "Draw the order of the next pass"
+    return self._rng(1).permutation(self.n) if self.shuffle else np.arange(self.n)
 
 @patch
-def _rng(self:ImageDL, stream, ahead=0): return np.random.default_rng([self.seed, self.epoch + ahead, stream])
+def __iter__(self:ImageDL):
+    self.before_iter()
+    yield from map(self.after_batch, self.create_batches(self.get_idxs()))
+    self.after_iter()
 
-# %% ../nbs/data.ipynb #57b99750
+# %% ../nbs/data.ipynb #292163ea
 @patch
 def create_batches(self:ImageDL, samps):
+    "Yield the batches of the images numbered `samps`, in that order"
     idx = torch.as_tensor(samps if isinstance(samps, np.ndarray) else list(samps)).to(self.device)
     d = self._draws() if self.augment and self.shuffle else None
     parts = [o for o in idx.split(self.bs) if len(o)]
     if self.drop_last and len(idx) % self.bs: parts.pop()
     elif len(parts) > 1 and len(parts[-1]) == 1 < self.bs: parts[-2:] = [torch.cat(parts[-2:])]
     for i in parts: yield self._batch(i, d)
-
-@patch
-def _draws(self:ImageDL, ahead=0): return self.augment.draw(len(self.dataset), self._rng(2, ahead)).to(self.device)
 
 @patch
 def _batch(self:ImageDL, i, d=None): # images `i`, augmented as `d` says for all images
@@ -484,19 +495,15 @@ def _batch(self:ImageDL, i, d=None): # images `i`, augmented as `d` says for all
     x = x.to(torch.float32, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
     return (x.sub_(ds.shift).div_(ds.scale), *(() if ds.y is None else (ds.y[i],)))
 
-# %% ../nbs/data.ipynb #5d876400
 @patch
-def __iter__(self:ImageDL):
-    self.before_iter()
-    yield from map(self.after_batch, self.create_batches(self.get_idxs()))
-    self.after_iter()
-
-@patch
-def after_iter(self:ImageDL): self.epoch += 1
+def after_iter(self:ImageDL):
+    "Count a complete pass"
+    self.epoch += 1
 
 # %% ../nbs/data.ipynb #6c755f19
 @patch
 def decode(self:ImageDL, b):
+    "Undo the normalisation of a batch, on the CPU"
     (x, *y), ds = to_cpu(b), self.dataset
     x = (x*ds.scale.cpu() + ds.shift.cpu())/255
     return ((TensorImageBW if len(ds.mean) == 1 else TensorImage)(x.clamp(0,1)), *map(TensorCategory, y))
@@ -518,9 +525,9 @@ class ImageLoaders(DataLoaders):
     def test_ds(self): return self.test.dataset
 
     def test_dl(self,
-        test_items, # files, PIL images, or (C,H,W) uint8 arrays or tensors; with `with_labels`, pairs of one and a label
+        test_items:list, # files or PIL images (resized to fit), (C,H,W) uint8 arrays or tensors
         rm_type_tfms=None, # unused, there for fastai
-        with_labels:bool=False, # are the items pairs?
+        with_labels:bool=False, # are the items pairs of an image and a label?
         **kwargs, # of `ImageDL`
     )->ImageDL: # unshuffled
         "Make a loader of new images. Raises ValueError for a wrong shape or type."
@@ -565,4 +572,4 @@ def get_dls(
     if coarse: sets = [o.coarsened() for o in sets]
     train = ImageDL(sets[0], bs, shuffle=True, augment=_augment(augment, data), **kw)
     rest = [ImageDL(o, val_bs or 2*bs, **kw) for o in sets[1:]]
-    return ImageLoaders(train, *rest, path=path, device=default_device() if device is None else device)
+    return ImageLoaders(train, *rest, path=path, device=torch.device(device or default_device()))

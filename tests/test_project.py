@@ -8,8 +8,8 @@ import nbformat, pytest
 from readme import readme
 
 ROOT = Path(__file__).resolve().parents[1]
-TOP = {'nbs', 'phantom_nb', 'results', 'tests', '.ci', '.gitignore', 'LICENSE', 'Makefile', 'README.md', 'constraints.txt',
-    'pyproject.toml', 'settings.ini', 'setup.py'}
+TOP = {'nbs', 'phantom_nb', 'results', 'tests', '.ci', '.gitignore', 'LICENSE', 'Makefile', 'README.md',
+    'constraints.txt', 'pyproject.toml', 'settings.ini', 'setup.py'}
 NBS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(ROOT).parts))
 FUNCTIONS = ast.FunctionDef,ast.AsyncFunctionDef
 DEFS = *FUNCTIONS,ast.ClassDef
