@@ -29,11 +29,11 @@ test: $(VENV)/.dev notebooks style docs ## Run everything: notebooks, style, doc
 
 notebooks: $(VENV)/.dev ## Run every notebook as a test, two at a time
 	$(call step,notebooks)
-	@OMP_NUM_THREADS=1 nbdev-test --n-workers 2 --timing
+	@OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning nbdev-test --n-workers 2 --timing
 
 style: $(VENV)/.dev ## Check the style of notebooks and tests
 	$(call step,style)
-	@chkstyle nbs tests setup.py --show-rule
+	@chkstyle nbs tests --show-rule
 
 docs: $(VENV)/.dev ## Build the docs site into _docs; a broken link is an error
 	$(call step,docs site)

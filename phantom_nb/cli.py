@@ -21,7 +21,7 @@ from rich.table import Table
 from .data import DATASETS, available, load_dataset
 from .experiments.bench import BENCHES, save_bench
 from .experiments.methods import METHODS, one_of
-from .experiments.runner import Run, load_results, run_many, write_atomic
+from .experiments.runner import Run, load_results, make_learner, run_many, write_atomic
 from .experiments.stats import comparison, plot_comparison
 from .models import MODELS
 
@@ -121,7 +121,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     "Train every method with the same seeds, data order and budget; show who wins and by how much."
     runs = comparison_runs(data, n_train, methods and [m.strip() for m in methods.split(',')], seeds, epochs, model=model, augment=augment)
     out = out or Path('compare')/f'{data}-{runs[0].n_train}'
-    load_dataset(data, root)
+    make_learner(runs[0], root)
     console,code = Console(),0
     with _Watch(len(runs), console) as watch:
         try: run_many(runs, jobs=jobs, store=out/'runs', root=root, on_row=watch)

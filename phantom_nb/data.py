@@ -116,7 +116,7 @@ class ImageData:
     name:str          # a key of `DATASETS`
     x_train:Tensor    # (N,C,H,W) uint8, the training pool
     y_train:Tensor    # (N,) int64 labels
-    x_test:Tensor     # (M,C,H,W) uint8, the official test images
+    x_test:Tensor     # (M,C,H,W) uint8, the test images
     y_test:Tensor     # (M,) int64 labels
     classes:list      # class names, in label order
     coarse:Tensor     # (classes,) int64, the superclass of each class
@@ -295,8 +295,8 @@ def _ways(name): # how to get it, in words
     layout = 'the four idx files' if name == 'fashion_mnist' else f'{DATASETS[name].tv_dir}/'
     debian = " (on Debian and Ubuntu: `apt install dataset-fashion-mnist`)"*(name == 'fashion_mnist')
     return (f"Two ways to get it:\n  1. download it: `phantom_nb data {name} --download` or "
-        f"load_dataset({name!r}, download=True)\n  2. put {layout} or train/<class>/*.png and test/<class>/*.png into a "
-        f"folder and name that folder in `root=`, `--root` or $PHANTOM_NB_DATA{debian}")
+        f"load_dataset({name!r}, download=True)\n  2. put {layout} or train/<class>/*.png and test/<class>/*.png "
+        f"into a folder and name that folder in `root=`, `--root` or $PHANTOM_NB_DATA{debian}")
 
 def _download(name, place): # with torchvision, all or nothing
     spec = DATASETS[name]

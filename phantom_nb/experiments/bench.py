@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd, torch
 
-from .runner import provenance, write_atomic
+from .runner import provenance, write_rows
 from ..regularizers.hyperspherical import hyperspherical_energy
 
 # %% ../../nbs/experiments/bench.ipynb #079ce10f
@@ -93,5 +93,5 @@ def save_bench(
 )->Path: # the file
     "Keep the table of a benchmark, a line a row."
     path = Path(folder)/f'bench-{name}.jsonl'
-    write_atomic(path, df.to_json(orient='records', lines=True))
+    write_rows(df, path)
     return path

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'Run', 'evaluate', 'make_learner', 'provenance', 'train_run', 'write_atomic', 'run_one',
-           'load_results', 'save_results', 'run_many']
+           'load_results', 'write_rows', 'save_results', 'run_many']
 
 # %% ../../nbs/experiments/runner.ipynb #8ff80e53
 import hashlib, json, math, os, platform, subprocess, tempfile, time
@@ -191,13 +191,21 @@ def load_results(
         rows += [json.loads(o) for p in sorted(path.rglob('*.jsonl')) for o in p.read_text().splitlines() if 'key' in o]
     return pd.DataFrame([r for r in rows if 'key' in r], columns=None if rows else [f.name for f in fields(Run)])
 
+# %% ../../nbs/experiments/runner.ipynb #ec5c83c7
+def write_rows(
+    df:pd.DataFrame, # one row a result
+    path # .jsonl file to write
+):
+    "Write a frame to one file, a JSON object a line; missing values are left out, numbers keep all their digits."
+    rows = [{k:v for k,v in r.items() if not (isinstance(v, float) and math.isnan(v)) and v is not None} for r in df.to_dict('records')]
+    write_atomic(path, ''.join(json.dumps(r)+'\n' for r in rows))
+
 def save_results(
     rows, # rows, or a frame of them
     path # .jsonl file to write
 ):
-    "Write rows to one file, a line each, sorted so that the file does not depend on the order of running."
-    df = pd.DataFrame(rows).sort_values(['experiment','data','n_train','method','seed','key'])
-    write_atomic(path, df.to_json(orient='records', lines=True))
+    "Write runs to one file, sorted so that the file does not depend on the order of running."
+    write_rows(pd.DataFrame(rows).sort_values(['experiment','data','n_train','method','seed','key']), path)
 
 # %% ../../nbs/experiments/runner.ipynb #49ca483a
 def _budgeted(specs, deadline):

@@ -18,8 +18,8 @@ def mean_interval(
     x = np.asarray(x, dtype=float)
     x = x[~np.isnan(x)]
     if len(x)<2: return (x.mean() if len(x) else np.nan), np.nan, np.nan
-    lo,hi = stats.ttest_1samp(x, 0).confidence_interval(level)
-    return x.mean(), lo, hi
+    half = stats.t.ppf((1+level)/2, len(x)-1)*stats.sem(x)
+    return x.mean(), x.mean()-half, x.mean()+half
 
 # %% ../../nbs/experiments/stats.ipynb #72744674
 def paired_difference(

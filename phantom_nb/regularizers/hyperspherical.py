@@ -70,9 +70,11 @@ def _energy_grad(w, s, half_space, angular, eps, grad=True):
     return total/z, v*(r.masked_fill(q==0, 0)*(2/z))
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #e378b846
+def _wide(w): return w if w.dtype==torch.float64 else w.float()
+
 class _Energy(torch.autograd.Function):
     @staticmethod
-    def forward(w, options): return _energy_grad(w, *options)
+    def forward(w, options): return _energy_grad(_wide(w), *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -83,8 +85,9 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, de, _):
         w,g = ctx.saved_tensors
-        if torch.is_grad_enabled(): g = _energy_grad(w, *ctx.options)[1]
-        return de*g, None
+        if torch.is_grad_enabled(): g = _energy_grad(_wide(w), *ctx.options)[1]
+        most = torch.finfo(w.dtype).max
+        return (de*g).clamp(-most, most).to(w.dtype), None
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #f52e594a
 def hyperspherical_energy(
@@ -101,9 +104,8 @@ def hyperspherical_energy(
     _check_number('eps', eps, lambda v: v>=0, "a number >= 0")
     options = s, half_space, angular, eps
     with torch.autocast(w.device.type, enabled=False):
-        w = w if w.dtype==torch.float64 else w.float()
         if torch.is_grad_enabled() and w.requires_grad: return _Energy.apply(w, options)[0]
-        return _energy_grad(w, *options, grad=False)[0]
+        return _energy_grad(_wide(w), *options, grad=False)[0]
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #5f360826
 def authors_factors(
@@ -136,12 +138,12 @@ class MHE(Regularizer):
     def energy(self, w, half_space): return hyperspherical_energy(w, self.s, half_space, self.angular, self.eps)
 
     def setup(self):
-        self.head = next(iter(select_layers(self.model, 'output')))
+        self.last = next(iter(select_layers(self.model, 'output')))
         self.selected = {k:m for k,m in self.selected.items() if weight_view(m).shape[1]>1}
         if not self.selected: raise ValueError(f"layers={self.layers!r}: the chosen layers have one neuron a group, so no pairs")
 
-    def energies(self): return {k:self.energy(weight_view(m), self.half_space and k!=self.head) for k,m in self.selected.items()}
-    def penalty(self): return sum((self.output if k==self.head else self.hidden)*e for k,e in self.energies().items())
+    def energies(self): return {k:self.energy(weight_view(m), self.half_space and k!=self.last) for k,m in self.selected.items()}
+    def penalty(self): return sum((self.output if k==self.last else self.hidden)*e for k,e in self.energies().items())
 
     @classmethod
     def paper(cls, lam=1., s=2., half_space=False, angular=False, **kwargs):

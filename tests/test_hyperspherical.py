@@ -1,0 +1,157 @@
+"The energy against the authors' recorded numbers, a loop, and itself in other shapes; its memory; the callback on odd networks"
+import json, math, subprocess, sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from fastai.basics import Learner
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from phantom_nb.core import check_regularizer
+from phantom_nb.data import get_dls
+from phantom_nb.experiments.bench import plain_energy
+from phantom_nb.regularizers.hyperspherical import MHE, authors_factors, hyperspherical_energy
+
+REF = Path(__file__).parent/'reference'
+ARRAYS = np.load(REF/'hyperspherical.npz')
+CASES = [c for c in json.loads((REF/'hyperspherical.json').read_text())['cases'] if c['kind'] in ('hidden','final')]
+FORMS = [dict(s=s, half_space=h, angular=a) for s in (0,1,2,.7,5) for h in (False,True) for a in (False,True)]
+
+def neurons(key): return torch.from_numpy(np.ascontiguousarray(ARRAYS[key].reshape(-1, ARRAYS[key].shape[-1]).T))
+
+@pytest.mark.parametrize('c', CASES, ids=lambda c: c['key'])
+def test_parity_with_the_authors_code(c):
+    o,w = dict(s=int(c['power'][-1]), angular=c['power'][0]=='a'),neurons(c['w']).requires_grad_()
+    factor = authors_factors(**o)['output' if c['kind']=='final' else 'hidden']
+    e = factor*hyperspherical_energy(w, half_space=c.get('model')=='half_mhe', eps=1e-4, **o)
+    assert abs(e.item()/c['loss']-1) < 1e-5
+    if f"g_{c['key']}" in ARRAYS:
+        g = neurons(f"g_{c['key']}")
+        assert (torch.autograd.grad(e, w)[0]-g).abs().max() < 1e-4*g.abs().max()
+
+def loop(w, s, half_space, angular, eps=1e-12):
+    if half_space: w = torch.cat([w,-w])
+    w = [o/(o.square().sum()+eps).sqrt() for o in w]
+    t = [(a@b).clamp(-1, 1).acos()/math.pi+eps if angular else (a-b).norm() for i,a in enumerate(w) for b in w[:i]]
+    return torch.stack([-o.log() if s==0 else o**-s for o in t]).mean()
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(2, 9), d=st.integers(2, 6), form=st.sampled_from(FORMS), seed=st.integers(0, 10**6))
+def test_against_a_loop(n, d, form, seed):
+    w = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    e = hyperspherical_energy(w, **form)
+    # arccos at a mirror image keeps half the digits; everything else keeps nearly all
+    assert abs(e-loop(w, **form)) < (1e-6 if form['angular'] else 1e-9)*(1+abs(e))
+
+@pytest.mark.parametrize('form', FORMS, ids=str)
+def test_panels_agree_with_autograd(form):
+    "600 neurons make three panels; the plain differentiable formula is the oracle of value and gradient"
+    w = torch.randn(600, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    x = torch.cat([w,-w]) if form['half_space'] else w
+    x = x/(x.square().sum(1, keepdim=True)+1e-4).sqrt()
+    i,j = torch.triu_indices(len(x), len(x), 1)
+    g = (x@x.T)[i,j]
+    t = g.acos()/math.pi+1e-4 if form['angular'] else (2-2*g).sqrt()
+    oracle = (-t.log() if form['s']==0 else t**-form['s']).mean()
+    e = hyperspherical_energy(w, eps=1e-4, **form)
+    assert abs(e/oracle-1) < 1e-10
+    a,b = torch.autograd.grad(e, w)[0],torch.autograd.grad(oracle, w)[0]
+    assert (a-b).abs().max() < 1e-8*b.abs().max()
+
+def test_groups_are_a_mean_of_their_own():
+    w = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
+    e,each = hyperspherical_energy(w, half_space=True),torch.stack([hyperspherical_energy(o, half_space=True) for o in w]).mean()
+    assert torch.allclose(e, each)
+    assert torch.allclose(*[torch.autograd.grad(o, w)[0] for o in (e, each)])
+
+def test_second_derivative_through_an_unrolled_step():
+    "The gradient through one descent step on the energy, against finite differences"
+    w = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    def unrolled(w):
+        g, = torch.autograd.grad(hyperspherical_energy(w), w, create_graph=True)
+        return hyperspherical_energy(w-.1*g, half_space=True)
+    assert torch.autograd.gradcheck(unrolled, w)
+
+def test_functional_transforms():
+    w = torch.randn(6, 4)
+    g = torch.func.grad(partial(hyperspherical_energy, half_space=True))(w)
+    x = w.clone().requires_grad_()
+    assert torch.allclose(g, torch.autograd.grad(hyperspherical_energy(x, half_space=True), x)[0])
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('form', FORMS, ids=str)
+def test_finite_for_degenerate_rows(form, dtype):
+    w = torch.randn(8, 9, generator=torch.Generator().manual_seed(0))
+    w[1],w[2],w[3],w[4],w[5] = w[0],-w[0],0,w[0]*(1+1e-6),1e-4*w[6]
+    for x in (w, w[:1].repeat(4, 1), torch.zeros(4, 9)):
+        x = x.to(dtype).requires_grad_()
+        e = hyperspherical_energy(x, **form)
+        g, = torch.autograd.grad(e, x)
+        assert e.dtype==torch.float32 and e.isfinite() and g.isfinite().all()
+
+def test_equal_neurons_feel_no_force_but_near_ones_do():
+    w = torch.tensor([[1.,0.,0.], [1.,0.,0.], [0.,0.,0.], [0.,1.,0.]], requires_grad=True)
+    g, = torch.autograd.grad(hyperspherical_energy(w), w)
+    assert torch.allclose(g[0], g[1]) and (g[2]==0).all() and g.norm() < 1
+    near = torch.tensor([[1.,0.,0.], [1.,.01,0.]], requires_grad=True)
+    g, = torch.autograd.grad(hyperspherical_energy(near), near)
+    assert g[0,1]>1e3 and g[1,1]<-1e3
+
+def test_autocast_does_not_reach_in():
+    w = torch.randn(30, 40)
+    with torch.autocast('cpu', dtype=torch.bfloat16): e = hyperspherical_energy(w, half_space=True)
+    assert torch.equal(e, hyperspherical_energy(w, half_space=True))
+
+@pytest.mark.parametrize('args,what', [((torch.ones(1, 3),), r'\(1, 3\).*n>=2'), ((torch.ones(3),), r'\(3,\)'), ((torch.ones(2, 3, dtype=torch.long),), 'int64'),
+    ((torch.randn(3, 3), -1.), 's=-1.0'), ((torch.randn(3, 3), 11), 's=11'), ((torch.randn(3, 3), 2., False, False, -1.), 'eps=-1.0')], ids=str)
+def test_bad_input_is_refused(args, what):
+    with pytest.raises(ValueError, match=what): hyperspherical_energy(*args)
+
+def test_memory_of_twenty_thousand_neurons():
+    "The plain formula would need four matrices of 6.4 GB; 600 MB is the bound the design sets"
+    code = "from phantom_nb.experiments.bench import _peak_mb; print(_peak_mb(20000, 512, 'cpu'))"
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout
+    assert 80 < float(out.split()[-1]) < 600
+
+def test_plain_program_is_the_same_function():
+    w = torch.randn(40, 16, dtype=torch.float64)
+    assert abs(plain_energy(w)-hyperspherical_energy(w, half_space=True, eps=1e-4)) < 1e-12
+
+
+class Odd(nn.Module):
+    "Grouped, depthwise and transposed convolutions, and a head"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c = nn.Conv2d(1, 8, 3),nn.Conv2d(8, 8, 3, groups=2),nn.Conv2d(8, 8, 3, groups=8)
+        self.d,self.fc = nn.ConvTranspose2d(8, 4, 3),nn.Linear(4, 10)
+    def forward(self, x): return self.fc(self.d(self.c(self.b(self.a(x)).relu())).mean((2,3)))
+
+def fit(model, cb, epochs=1):
+    learn = Learner(get_dls('digits', n_train=64, n_valid=20), model, cbs=cb)
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
+    return learn
+
+def test_odd_layers_and_authors_factors():
+    learn = fit(Odd(), MHE.paper(half_space=True, s=0.))
+    assert list(learn.mhe.selected) == ['a','b','d','fc']
+    e,m = {k:v.item() for k,v in learn.mhe.energies().items()},learn.model
+    expected = hyperspherical_energy(m.b.weight.view(2, 4, -1), s=0, half_space=True, eps=1e-4).item()
+    assert abs(e['b']-expected)<1e-6
+    assert abs(e['fc']-hyperspherical_energy(m.fc.weight, s=0, eps=1e-4).item())<1e-6
+    assert abs(learn.mhe.penalty().item() - 2*(e['a']+e['b']+e['d']) - 20*e['fc']) < 1e-5
+
+def test_only_depthwise_is_refused():
+    with pytest.raises(ValueError, match="one neuron a group"): fit(Odd(), MHE(layers='c'))
+
+def test_energy_falls_where_the_penalty_is_felt():
+    def last(lam):
+        torch.manual_seed(0)
+        return fit(Odd(), MHE(lam=lam, layers='fc'), epochs=20).mhe.records[-1][3]
+    assert last(10.) < last(0.)
+
+@pytest.mark.parametrize('option', [dict(s=-1.), dict(hidden=-1.), dict(output=float('nan')), dict(eps=-1.)], ids=str)
+def test_callback_refuses_at_construction(option):
+    with pytest.raises(ValueError, match=next(iter(option))): MHE(**option)
+
+def test_contract_of_the_paper_preset(): assert set(check_regularizer(partial(MHE.paper, half_space=True)).result) == {'kept'}
