@@ -73,11 +73,12 @@ def as_table(
 )->Table: # for a `rich` console
     "Lay out a comparison for the terminal."
     res = Table('method', title=title, box=SIMPLE, pad_edge=False)
-    for o in ('test accuracy, %', 'vs none, points', 'gap', 'seconds', 'runs'): res.add_column(o, justify='right', no_wrap=True)
+    heads = 'test accuracy, %', 'vs none, points', 'gap', 'seconds', 'runs'
+    for o in heads: res.add_column(o, justify='right', no_wrap=True)
     for m,r in table.iterrows():
         colour = 'green' if r.diff_low>0 else 'red' if r.diff_high<0 else 'default'
-        res.add_row(m, _span(r.accuracy, r.low, r.high), f"[{colour}]{_span(r['diff'], r.diff_low, r.diff_high, '+')}[/]",
-            f"{100*r.gap:.1f}", f"{r.seconds:.1f}", f"{r.runs:.0f}")
+        diff = f"[{colour}]{_span(r['diff'], r.diff_low, r.diff_high, '+')}[/]"
+        res.add_row(m, _span(r.accuracy, r.low, r.high), diff, f"{100*r.gap:.1f}", f"{r.seconds:.1f}", f"{r.runs:.0f}")
     return res
 
 # %% ../nbs/cli.ipynb #986222c2
@@ -85,8 +86,9 @@ class _Watch:
     "Tell about every run as it comes in"
     def __init__(self, n, console):
         self.n,self.i,self.console = n,0,console
-        cols = [TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
-        self.bar = Progress(*cols, console=console, disable=not console.is_terminal)
+        text,times = TextColumn('{task.description}'),(TimeElapsedColumn(), TimeRemainingColumn())
+        live = console.is_terminal
+        self.bar = Progress(text, BarColumn(), MofNCompleteColumn(), *times, console=console, disable=not live)
         self.task = self.bar.add_task('starting', total=n)
     def __enter__(self): return self.bar.__enter__() and self
     def __exit__(self, *args): self.bar.__exit__(*args)
@@ -94,8 +96,10 @@ class _Watch:
         self.i += 1
         what = f"{row['method']} seed {row['seed']}"
         self.bar.update(self.task, advance=1, description=f"{what:24}")
-        if row['status']!='done': self.console.print(f"{what}: {row['status']} {row.get('error') or ''}", style='red', markup=False)
-        elif not self.console.is_terminal: self.console.print(f"[{self.i}/{self.n}] {what}: {100*row['accuracy']:.1f}% in {row['seconds']:.1f} s", markup=False, soft_wrap=True)
+        if row['status']!='done': line,style = f"{what}: {row['status']} {row.get('error') or ''}",'red'
+        elif self.console.is_terminal: return
+        else: line,style = f"[{self.i}/{self.n}] {what}: {100*row['accuracy']:.1f}% in {row['seconds']:.1f} s",None
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 # %% ../nbs/cli.ipynb #8b70558e
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -104,7 +108,7 @@ def _opt(help): return typer.Option(help=help)
 def _names(d): return ', '.join(d)
 
 Data = Annotated[str, _opt(f"Data set: {_names(DATASETS)}.")]
-NTrain = Annotated[int|None, _opt("Training images, class-balanced. Default: 200 digits, 5000 cifar100, 1000 of the others.")]
+NTrain = Annotated[int|None, _opt("Training images, class-balanced. Default: digits 200, cifar100 5000, else 1000.")]
 Methods = Annotated[str|None, _opt(f"Comma-separated, from: {_names(METHODS)}. Default: all.")]
 Seeds = Annotated[int, _opt("Runs of every method, with seeds 0, 1, ...")]
 Epochs = Annotated[int|None, _opt("Passes over the training images. Default: 60 for digits, else 40.")]
@@ -119,7 +123,8 @@ Jobs = Annotated[int|None, _opt("Processes. Default: one a core, or one on a GPU
 def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds:Seeds=5, epochs:Epochs=None,
     model:Model='small_cnn', augment:Augment=False, out:Out=None, root:Root=None, jobs:Jobs=None):
     "Train every method with the same seeds, data order and budget; show who wins and by how much."
-    runs = comparison_runs(data, n_train, methods and [m.strip() for m in methods.split(',')], seeds, epochs, model=model, augment=augment)
+    names = [m.strip() for m in methods.split(',')] if methods else None
+    runs = comparison_runs(data, n_train, names, seeds, epochs, model=model, augment=augment)
     out = out or Path('compare')/f'{data}-{runs[0].n_train}'
     make_learner(runs[0], root)
     console,code = Console(),0
@@ -135,7 +140,7 @@ def show_comparison(
     runs:list, # the comparison's `Run`s
     out, # its folder
     console:Console # where to print
-):
+)->None:
     "Print and save what is recorded of a comparison."
     df = load_results(out/'runs') if (out/'runs').exists() else pd.DataFrame(columns=['key'])
     df = df[df.key.isin([o.key for o in runs])]
@@ -143,9 +148,10 @@ def show_comparison(
     table = report(df, out, runs[0])
     if table is not None:
         console.print(as_table(table, _title(runs[0])))
-        console.print("Means over seeds with 95% intervals; differences are paired by seed; gap: training minus test accuracy.", style='dim')
+        console.print("Means over seeds, 95% intervals; differences paired by seed; gap: training minus test.", style='dim')
     bad = df[df.status!='done']
-    if len(bad): console.print(f"{len(bad)} of {len(df)} runs did not finish ({', '.join(sorted(set(bad.status)))}); they are left out above.")
+    why = ', '.join(sorted(set(bad.status)))
+    if len(bad): console.print(f"{len(bad)} of {len(df)} runs did not finish ({why}); they are left out above.")
     console.print(f"Rows: {out/'results.csv'}   picture: {out/'comparison.png'}", soft_wrap=True, highlight=False)
 
 # %% ../nbs/cli.ipynb #256c41bf
@@ -160,7 +166,8 @@ def data_command(name:Name=None, download:Download=False, root:Root=None):
     if name is not None: return console.print(load_dataset(name, root, download=download))
     table = Table('data set', 'here', 'training', 'test', 'shape', 'classes', 'source', box=SIMPLE, pad_edge=False)
     for k,r in available(root).iterrows():
-        table.add_row(k, 'yes' if r.found else 'no', *map(str, (r.train, r.test, '×'.join(map(str, r['shape'])), r.classes, r.source)))
+        vals = r.train, r.test, '×'.join(map(str, r['shape'])), r.classes, r.source
+        table.add_row(k, 'yes' if r.found else 'no', *map(str, vals))
     console.print(table)
 
 # %% ../nbs/cli.ipynb #a2e2b4d6
@@ -173,7 +180,8 @@ def bench(name:Bench, out:Kept=Path('results')):
     df,console = BENCHES[one_of(name, BENCHES, 'benchmark')](),Console()
     num = df.select_dtypes('number').columns
     table = Table(*num, title=f"{name} on {df.device[0]}, {df.threads[0]} threads")
-    for _,r in df.iterrows(): table.add_row(*['' if pd.isna(r[k]) else f"{r[k]:g}" if r[k]==int(r[k]) else f"{r[k]:.1f}" for k in num])
+    def show(v): return '' if pd.isna(v) else f"{v:g}" if v==int(v) else f"{v:.1f}"
+    for _,r in df.iterrows(): table.add_row(*[show(r[k]) for k in num])
     console.print(table)
     console.print(f"Kept in {save_bench(name, df, out)}")
 

@@ -13,7 +13,8 @@ from fnmatch import fnmatchcase
 from functools import partial, wraps
 
 import matplotlib.pyplot as plt, pandas as pd, torch
-from fastai.basics import SGD, Callback, CancelFitException, Learner, get_model, join_path_file, load_learner, noop, params
+from fastai.basics import SGD, Callback, CancelFitException, Learner, get_model, join_path_file, load_learner, noop
+from fastai.basics import params
 from fastai.callback.hook import Hooks
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
@@ -37,7 +38,7 @@ def _matches(
     if isinstance(layers, type): return isinstance(module, layers)
     if isinstance(layers, str): return fnmatchcase(name, layers)
     if callable(layers): return bool(layers(name, module))
-    raise ValueError(f"layers={layers!r}: give a module type, a name pattern, a predicate(name, module), 'hidden' or 'output'")
+    raise ValueError(f"layers={layers!r}: give a type, a name pattern, a predicate(name, module), 'hidden' or 'output'")
 
 def _weight_layers(model, types):
     "Modules of `types` by name, every weight once (shared weights have one owner, the first)"
@@ -121,7 +122,8 @@ class Regularizer(Callback):
         every:int=1, # optimizer steps from one penalty to the next, >= 1; the penalty is multiplied by it
         layers=None # see `select_layers`; None for all layers of `self.types`
     ):
-        if not callable(lam): _check_number('lam', lam, lambda v: v>=0, "a finite number >= 0 or an annealer such as SchedLin(0., 1.)")
+        need = "a finite number >= 0 or an annealer such as SchedLin(0., 1.)"
+        if not callable(lam): _check_number('lam', lam, lambda v: v>=0, need)
         _check_number('every', every, lambda v: v>=1 and v==int(v), "a whole number of steps >= 1")
         store_attr()
         self.selected,self.records,self.steps,self._loaded = {},[],0,0
@@ -129,8 +131,11 @@ class Regularizer(Callback):
     def penalty(self): raise NotImplementedError(f"{type(self).__name__} must define penalty()")
     def setup(self): pass
     def release(self): pass
-    def state_dict(self): return dict(steps=self.steps) if self.every>1 else {}
-    def load_state_dict(self, state): self._loaded = state.get('steps', 0)
+    def state_dict(self)->dict: # what `Learner.save` must keep, empty for none
+        return dict(steps=self.steps) if self.every>1 else {}
+    def load_state_dict(self,
+        state:dict # as `state_dict` gave
+    )->None: self._loaded = state.get('steps', 0)
     def after_step(self): self.steps += 1
     def before_fit(self):
         self.selected,self._fresh = select_layers(self.model, self.layers, self.types),True
@@ -140,7 +145,8 @@ class Regularizer(Callback):
     def after_loss(self):
         if self.steps % self.every: return
         lam = self.lam_now()
-        with torch.set_grad_enabled(lam>0), torch.autocast(self.loss_grad.device.type, enabled=False): r = self.penalty()
+        device = self.loss_grad.device.type
+        with torch.set_grad_enabled(lam>0), torch.autocast(device, enabled=False): r = self.penalty()
         if r.ndim: raise ValueError(f"{type(self).__name__}.penalty() returned shape {tuple(r.shape)}: return a scalar")
         term = lam*self.every*r
         share = self._share(term) if self.steps % (self.probe_every*self.every) == 0 else math.nan
@@ -154,7 +160,8 @@ _COLS = 'step epoch lam penalty share'.split()
 def lam_now(self:Regularizer)->float: # value >= 0 of the weight at this point of training
     "Evaluate `lam` at the present progress; raise a `ValueError` for a schedule that leaves [0, inf)."
     if not callable(self.lam): return float(self.lam)
-    return _check_number('lam(progress)', float(self.lam(self.pct_train)), lambda v: v>=0, "a schedule of finite values >= 0")
+    lam = float(self.lam(self.pct_train))
+    return _check_number('lam(progress)', lam, lambda v: v>=0, "a schedule of finite values >= 0")
 
 @patch
 def _share(self:Regularizer, term):
@@ -171,23 +178,28 @@ def _record(self:Regularizer, *row):
 
 # %% ../nbs/core.ipynb #138cab99
 @patch
-def after_train(self:Regularizer): self.records = [tuple(v.item() if isinstance(v, Tensor) else v for v in o) for o in self.records]
+def after_train(self:Regularizer):
+    "Bring the record to the CPU."
+    def number(v): return v.item() if isinstance(v, Tensor) else v
+    self.records = [tuple(map(number, o)) for o in self.records]
 
 @patch
-def to_frame(self:Regularizer)->pd.DataFrame: # columns step, epoch (fractional), lam, penalty, share (NaN where not measured)
+def to_frame(self:Regularizer)->pd.DataFrame: # step, epoch (fractional), lam, penalty, share (NaN where not measured)
     "Tabulate the record of the last fit."
     return pd.DataFrame([[float(v) for v in o] for o in self.records], columns=_COLS).astype(dict(step=int))
 
 @patch
 def plot(self:Regularizer,
     axs=None # two matplotlib axes, made if None
-): # the two axes
+  # one row of two
+)->list: # the two axes
     "Plot the penalty and its share of the gradient over epochs."
     df = self.to_frame()
     if axs is None: axs = plt.subplots(1, 2, figsize=(9,3), layout='constrained')[1]
     df.plot(x='epoch', y='penalty', ax=axs[0], legend=False, ylabel=f"{type(self).__name__} penalty")
-    df.dropna().plot(x='epoch', y='share', ax=axs[1], legend=False, marker='.', ylim=(0,1), ylabel="share of the gradient")
-    return axs
+    df.dropna().plot(x='epoch', y='share', ax=axs[1], legend=False, marker='.', ylim=(0,1))
+    axs[1].set_ylabel("share of the gradient")
+    return list(axs)
 
 # %% ../nbs/core.ipynb #958aa1f7
 def _original(f): return getattr(f, '_plain', f)
@@ -200,7 +212,9 @@ def _guarded(self, f, event_type, ex, final=noop):
         if event_type=='fit':
             for cb in self.cbs.filter(risinstance(Regularizer)): cb.release()
 
-def _states(learn): return {f'{i}.{cb.name}':cb.state_dict() for i,cb in enumerate(learn.cbs.filter(risinstance(Regularizer)))}
+def _states(learn):
+    cbs = learn.cbs.filter(risinstance(Regularizer))
+    return {f'{i}.{cb.name}':cb.state_dict() for i,cb in enumerate(cbs)}
 
 # %% ../nbs/core.ipynb #da3eb344
 @wraps(_save)
@@ -227,7 +241,9 @@ for _f,_new in ((_with_events, _guarded), (_save, _save_all), (_load, _load_all)
 # %% ../nbs/core.ipynb #e02665b0
 class L2Penalty(Regularizer):
     "Penalise the mean squared weight, averaged over the chosen layers (Krogh and Hertz 1991)."
-    def penalty(self): return torch.stack([weight_view(m).float().square().mean() for m in self.selected.values()]).mean()
+    def penalty(self):
+        ws = [weight_view(m).float() for m in self.selected.values()]
+        return torch.stack([w.square().mean() for w in ws]).mean()
 
 # %% ../nbs/core.ipynb #4bc1b8b7
 class ActivationRegularizer(Regularizer):
@@ -253,8 +269,9 @@ def _learner(*cbs, path, bs=32, **kwargs):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
-    learn = Learner(get_dls('digits', n_train=64, n_valid=20, bs=bs, seed=0, device='cpu'), model, opt_func=partial(SGD, mom=.9),
-        splitter=lambda m: [params(m[:4]), params(m[4:])], cbs=list(cbs), lr=.05, path=path, **kwargs)
+    dls = get_dls('digits', n_train=64, n_valid=20, bs=bs, seed=0, device='cpu')
+    learn = Learner(dls, model, opt_func=partial(SGD, mom=.9), splitter=lambda m: [params(m[:4]), params(m[4:])],
+        cbs=list(cbs), lr=.05, path=path, **kwargs)
     learn.logger,learn.create_mbar = noop,False
     return learn.remove_cbs(learn.cbs.filter(risinstance(ProgressCallback)))
 
@@ -339,7 +356,8 @@ def _is_finite(make, toy):
     cb.penalty = watched
     with torch.autocast('cpu', dtype=torch.bfloat16): _step(toy(cb))
     assert seen, "penalty() was not called by after_loss"
-    assert seen[0]==(False, torch.float32), f"under autocast, penalty() ran with autocast={seen[0][0]} and gave {seen[0][1]}"
+    on,dtype = seen[0]
+    assert not on and dtype==torch.float32, f"under autocast, penalty() ran with autocast={on} and gave {dtype}"
     for how in _CASES:
         cb = make()
         grads = _step(_degenerate(toy(cb), how)).grads
@@ -373,14 +391,18 @@ def _hooks_go(make, toy):
             assert _n_hooks(learn.model)==n, f"hooks are left after {exc.__name__} in {event}"
 
 # %% ../nbs/core.ipynb #0a3f400c
-def _is_sound(learn, what): assert all(p.isfinite().all() for p in learn.model.parameters()), f"{what}: weights are not finite"
+def _is_sound(learn, what):
+    finite = all(p.isfinite().all() for p in learn.model.parameters())
+    assert finite, f"{what}: weights are not finite"
 
 def _fits_or_refuses(make, toy, mix):
     "Training with `mix` works, or a ValueError comes before the first batch"
     batches,learn = [],toy(make())
     learn.add_cbs([mix(), Callback(before_batch=lambda cb: batches.append(1))])
     try: learn.fit(1)
-    except ValueError as e: assert not batches and len(str(e))>20, f"{mix.__name__}: refused only after {len(batches)} batches: {e}"
+    except ValueError as e:
+        assert not batches, f"{mix.__name__}: refused only after {len(batches)} batches: {e}"
+        assert len(str(e))>20, f"{mix.__name__}: refused without a sentence that says what to do: {e}"
     else: _is_sound(learn, mix.__name__)
 
 def _lives_with_fastai(make, toy):
@@ -411,14 +433,16 @@ def _resumes(make, toy):
     again.load('part')
     again.dls.train.epoch = 2
     again.fit(4, start_epoch=2)
-    assert _close(list(again.model.parameters()), list(full.model.parameters())), "stopped, saved, loaded and resumed differs"
+    a,b = [list(o.model.parameters()) for o in (again, full)]
+    assert _close(a, b), "stopped, saved, loaded and resumed gives other weights than trained in one go"
 
 def _composes(make, toy):
     "any two regularizers compose, in either order, to the same gradient"
     none,a,b = [_step(toy(*cbs)).grads for cbs in ([], [make()], [L2Penalty()])]
     both,swapped = [_step(toy(*cbs)).grads for cbs in ([make(), L2Penalty()], [L2Penalty(), make()])]
     assert _close(both, swapped), "the order of two regularizers changes the gradient"
-    assert _close(_diff(both, none), [x+y for x,y in zip(_diff(a, none), _diff(b, none))]), "two penalties do not add up"
+    parts = [x+y for x,y in zip(_diff(a, none), _diff(b, none))]
+    assert _close(_diff(both, none), parts), "two penalties do not add up"
 
 def _refuses(make, toy, bad=()):
     "no matching layer, an unknown option: a ValueError that names the value"
@@ -432,7 +456,8 @@ def _refuses(make, toy, bad=()):
         assert not batches, f"{k}={v!r} is refused only after {len(batches)} batches"
 
 # %% ../nbs/core.ipynb #747102b1
-PROMISES = (_zero_is_off, _loss_is_data, _accumulates, _is_finite, _hooks_go, _lives_with_fastai, _resumes, _composes, _refuses)
+PROMISES = [_zero_is_off, _loss_is_data, _accumulates, _is_finite]
+PROMISES += [_hooks_go, _lives_with_fastai, _resumes, _composes, _refuses]
 
 def check_regularizer(
     make, # makes a fresh callback: a `Regularizer` class or a partial of one, takes `lam`, `every`, `layers`

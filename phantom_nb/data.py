@@ -228,9 +228,9 @@ def _tree_files(name, split): # the image files of a split and their labels, in 
     return files, torch.tensor(y)
 
 # %% ../nbs/data.ipynb #e96c5b18
-def _stamp(folder, files): # changes when a file is added, removed, renamed or rewritten
+def _stamp(files): # changes when a file is added, removed, moved or rewritten
     h = hashlib.blake2b(digest_size=16)
-    for f in files: h.update(f"{os.path.relpath(f, folder)} {(s := f.stat()).st_size} {s.st_mtime_ns}\n".encode())
+    for f in files: h.update(f"{os.path.abspath(f)} {(s := f.stat()).st_size} {s.st_mtime_ns}\n".encode())
     return h.hexdigest()
 
 def _decode(files, mode, stamp): # (N,C,H,W) uint8 array; `stamp` is there to be part of joblib's key
@@ -257,7 +257,7 @@ def _tree(name, folder): # an image-folder tree; all four data sets were publish
     c = DATASETS[name].shape[0]
     decode = _memory().cache(_decode, ignore=['files'])
     def load():
-        return tuple((torch.from_numpy(decode([f.path for f in fs], 'RGB' if c == 3 else 'L', _stamp(folder, fs))), y)
+        return tuple((torch.from_numpy(decode([f.path for f in fs], 'RGB' if c == 3 else 'L', _stamp(fs))), y)
             for fs, y in splits)
     source = f"image folder tree ({' and '.join(sorted(kinds))}), folder {folder.resolve().name!r}"
     return _Found(*(len(y) for _, y in splits), (c,h,w), source, folder, load)

@@ -7,7 +7,7 @@ from fastai.basics import Learner, SGD
 from fastai.callback.schedule import SchedLin
 from torch import nn
 
-from phantom_nb.core import (ActivationRegularizer, L2Penalty, Regularizer, capture_activations, check_regularizer, gradient_norm,
+from phantom_nb.core import (ActivationRegularizer, L2Penalty, capture_activations, check_regularizer, gradient_norm,
     select_layers, weight_view)
 from phantom_nb.data import get_dls
 

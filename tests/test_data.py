@@ -52,7 +52,7 @@ def make_tree(root, name, ext='png', train=3, test=2, nested=False, size=32):
             d.mkdir(parents=True)
             for k in range(n):
                 a = scan(i, size)
-                Image.fromarray(a).save(d/f'{k}.{ext}')
+                Image.fromarray(a).save(d/f'{k}.{ext}', compress_level=0)  # all files of one size
                 made.setdefault(split, {}).setdefault(c, []).append(a)
                 i += 1
     return made
@@ -174,12 +174,24 @@ def test_decoded_once_and_never_stale(tmp_path, monkeypatch):
     assert first > 30 and len(opened) - first <= 1 and torch.equal(a.x_train, b.x_train)
     f = tmp_path/'train'/'bird'/'0.png'
     before = f.stat()
-    Image.fromarray(255 - scan(0)).save(f)
+    Image.fromarray(255 - scan(0)).save(f, compress_level=0)
     os.utime(f, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert f.stat().st_size == before.st_size
     c = load_dataset('cifar10', tmp_path)
     assert (c.x_train != a.x_train).flatten(1).any(1).nonzero().flatten().tolist() == [4]
     (tmp_path/'train'/'bird'/'1.png').rename(tmp_path/'train'/'bird'/'-1.png')
     assert (load_dataset('cifar10', tmp_path).x_train != c.x_train).any()
+
+def test_trees_that_look_alike_are_told_apart(tmp_path):
+    for i in range(2):
+        for split in ('train', 'test'):
+            for c in DATASETS['cifar10'].classes:
+                f = tmp_path/str(i)/split/c/'0.png'
+                f.parent.mkdir(parents=True)
+                Image.fromarray(scan(i)).save(f, compress_level=0)
+                os.utime(f, (0, 0))
+    a, b = (load_dataset('cifar10', tmp_path/str(i)) for i in range(2))
+    assert not torch.equal(a.x_train, b.x_train)
 
 def test_unwritable_cache_is_no_obstacle(tmp_path, monkeypatch):
     make_tree(tmp_path/'d', 'cifar10', train=1, test=1)
@@ -610,6 +622,14 @@ def test_names_on_the_loaders(digits, tmp_path):
     assert (dls.train.bs, dls.valid.bs, dls.test.bs) == (20, 33, 33) and get_dls(digits, bs=20).test.bs == 40
     assert type(learner(dls).loss_func).__name__ == 'CrossEntropyLossFlat'
 
+def test_new_keeps_what_it_is_not_told_to_change(digits):
+    x, y = torch.randint(0, 256, (40,3,8,8), dtype=torch.uint8), torch.arange(40) % 10
+    data = ImageData.create('cifar10', (x,y), (x,y), 'noise')
+    dl = ImageDL(ImageSet(x, y, data), 16, True, seed=5, augment=Augment(2), channels_last=True, epoch=3, num_workers=4)
+    for a, b in zip(dl, dl.new(epoch=3), strict=True): assert same(a, b) and a[0].stride() == b[0].stride()
+    assert dl.new().epoch == 4 and dl.new(shuffle=False, bs=8).bs == 8
+    assert dl.fake_l.num_workers == dl.new().fake_l.num_workers == 0
+
 def test_moving_a_loader_leaves_others_alone(digits):
     dls = get_dls(digits, 50, device='cpu')
     other = dls.train.new(device='meta')
@@ -621,6 +641,7 @@ def test_coarse_labels(digits):
     for a, b in zip(fine, dls):
         assert torch.equal(a.dataset.x, b.dataset.x) and torch.equal(b.dataset.fine, a.dataset.y.cpu())
         assert torch.equal(b.dataset.y.cpu(), digits.coarse[b.dataset.fine])
+        assert torch.equal(b.new(device='meta').dataset.fine, b.dataset.fine)
     assert dls.c == 2 and list(dls.vocab) == ['even', 'odd'] and torch.equal(dls.coarse, digits.coarse)
     assert dls.test.decode_batch(dls.test.one_batch())[0][1] in ('even', 'odd')
     learn = learner(dls)
@@ -707,7 +728,8 @@ def test_export_and_predict(digits, tmp_path):
         torch.testing.assert_close(p, want, rtol=1e-4, atol=1e-5)
     shown = torch.as_tensor(np.asarray(loaded.predict(x, with_input=True)[0]))
     torch.testing.assert_close(shown, x.float()/255, rtol=1e-4, atol=1e-5)
-    for bad in (x.float(), torch.zeros(1, 9, 9, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)):
+    for bad in (x.float(), torch.zeros(1, 9, 9, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8),
+                torch.zeros(1, 4, 16, dtype=torch.uint8)):
         with pytest.raises(ValueError, match='uint8 of shape'): loaded.predict(bad)
 
 def test_colour_files_and_arrays_become_the_data_sets_shape(tmp_path):

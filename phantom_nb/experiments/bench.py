@@ -18,7 +18,7 @@ from ..regularizers.hyperspherical import hyperspherical_energy
 def plain_energy(
     w, # (n,d) neurons
     eps:float=1e-4 # added to the squared norms
-): # scalar: half-space energy, s=2
+)->torch.Tensor: # scalar: half-space energy, s=2
     "Compute the half-space energy the plain way: a 2n by 2n matrix and autograd (Liu 2018, eq. 1)."
     filt = torch.cat([w,-w]).T
     n = filt.shape[1]
@@ -47,14 +47,15 @@ def take_turns(
 
 # %% ../../nbs/experiments/bench.ipynb #b29cff22
 def _peak_bytes(device):
-    "Highest memory so far: PyTorch's on a GPU, the process's elsewhere (from /proc, which a new process starts at zero)"
+    "Highest memory so far: PyTorch's on a GPU, else the process's (from /proc, where a new process starts at zero)"
     if torch.device(device).type=='cuda': return torch.cuda.max_memory_allocated()
     status = Path('/proc/self/status')
-    if not status.exists(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
+    unit = 1 if sys.platform=='darwin' else 1024
+    if not status.exists(): return unit*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 1024*next(int(o.split()[1]) for o in status.read_text().splitlines() if o.startswith('VmHWM'))
 
 def _peak_mb(n, d, device):
-    "Rise of the memory peak while energy and gradient of (n,d) are computed, in MB (this process should do nothing else)"
+    "Rise of the memory peak while energy and gradient of (n,d) are computed, in MB (run it in a fresh process)"
     w = torch.randn(n, d, device=device, requires_grad=True)
     hyperspherical_energy(w[:64], half_space=True).backward()
     before = _peak_bytes(device)
@@ -79,8 +80,8 @@ def bench_energy(
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     rows = [_energy_row(n, d, device, repeats) for n,d in sizes]
     code = f"from phantom_nb.experiments.bench import _peak_mb; print(_peak_mb({large[0]}, {large[1]}, '{device}'))"
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout
-    rows.append(dict(n=large[0], d=large[1], peak_mb=float(out.split()[-1])))
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
+    rows.append(dict(n=large[0], d=large[1], peak_mb=float(out.stdout.split()[-1])))
     return pd.DataFrame(rows).assign(**provenance(device))
 
 BENCHES = dict(energy=bench_energy)

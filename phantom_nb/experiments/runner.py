@@ -52,13 +52,16 @@ class Run:
     seed:int = 0 # of subset, weights, order and everything drawn
 
     def __post_init__(self):
-        for k,names in dict(data=DATASETS, model=MODELS, opt=OPTIMIZERS, schedule=SCHEDULES).items(): one_of(getattr(self, k), names, k)
+        named = dict(data=DATASETS, model=MODELS, opt=OPTIMIZERS, schedule=SCHEDULES)
+        for k,names in named.items(): one_of(getattr(self, k), names, k)
         whole = dict(n_train=1, n_valid=0, bs=2, epochs=1, seed=0)
         for f in fields(self): _check_type(f.name, getattr(self, f.name), whole.get(f.name))
         object.__setattr__(self, 'settings', tuple(sorted(full_settings(self.method, dict(self.settings)).items())))
 
     @property
-    def key(self): return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+    def key(self)->str: # 16 hexadecimal digits, the same in every process
+        "Hash the specification."
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/experiments/runner.ipynb #5ded30d5
 def _check_type(name, v, low=None):
@@ -93,7 +96,8 @@ def make_learner(
     dls = get_dls(data, n_train=run.n_train, n_valid=run.n_valid, bs=run.bs, seed=run.seed, augment=run.augment,
         device=device, channels_last=True)
     c,h,w = data.x_train.shape[1:]
-    model = create_model(run.model, n_in=c, n_out=dls.c, size=(h,w), width=run.width, depth=run.depth, dropout=m.dropout, seed=run.seed)
+    model = create_model(run.model, n_in=c, n_out=dls.c, size=(h,w), width=run.width, depth=run.depth,
+        dropout=m.dropout, seed=run.seed)
     learn = Learner(dls, model.to(dls.device, memory_format=torch.channels_last), m.loss_func, OPTIMIZERS[run.opt],
         lr=run.lr, wd=m.wd, cbs=[TerminateOnNaNCallback(), *m.cbs])
     if SCHEDULES[run.schedule]: learn.add_cb(ParamScheduler(dict(lr=_scaled(SCHEDULES[run.schedule], run.lr))))
@@ -106,9 +110,8 @@ def _scaled(f, c): return lambda pct: c*f(pct)
 @lru_cache
 def _commit():
     "Commit of the package's checkout, with '+' if it has changes; '' outside a checkout"
-    here = Path(phantom_nb.__file__).parent
-    def git(*args): return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '--', '.') else '')
+    git = partial(subprocess.check_output, text=True, stderr=subprocess.DEVNULL, cwd=Path(phantom_nb.__file__).parent)
+    try: return git('git rev-parse --short=12 HEAD'.split()).strip() + '+'*bool(git('git status --porcelain .'.split()))
     except (OSError, subprocess.CalledProcessError): return ''
 
 def provenance(
@@ -116,9 +119,9 @@ def provenance(
 )->dict: # versions, commit, device, threads, UTC date
     "Say what produced a result."
     name = torch.cuda.get_device_name(device) if torch.device(device).type=='cuda' else platform.machine()
-    return dict(phantom_nb=phantom_nb.__version__, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version(),
-        commit=_commit(), device=f'{torch.device(device).type} ({name})', threads=torch.get_num_threads(),
-        date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    return dict(phantom_nb=phantom_nb.__version__, torch=torch.__version__, fastai=fastai.__version__,
+        python=platform.python_version(), commit=_commit(), threads=torch.get_num_threads(),
+        device=f'{torch.device(device).type} ({name})', date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
 # %% ../../nbs/experiments/runner.ipynb #c3b1f7d4
 def _train(run, root, device):
@@ -131,7 +134,8 @@ def _train(run, root, device):
     dls = learn.dls
     parts = {'train_':dls.train.new(shuffle=False, augment=None), 'valid_':dls.valid, '':dls.test}
     out = {p+k:v for p,dl in parts.items() for k,v in evaluate(learn.model, dl).items()}
-    out |= dict(seconds=seconds, n_train=len(dls.train_ds), source=dls.source, params=sum(p.numel() for p in learn.model.parameters()))
+    n_params = sum(p.numel() for p in learn.model.parameters())
+    out |= dict(seconds=seconds, n_train=len(dls.train_ds), source=dls.source, params=n_params)
     for cb in learn.cbs.filter(risinstance(Regularizer)):
         df = cb.to_frame()
         out |= dict(penalty=float(df.penalty.iloc[-1]), share=float(df.share.mean()))
@@ -159,7 +163,8 @@ def write_atomic(
     "Write a file so that it is there whole or not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile('w', dir=path.parent, prefix='.', suffix='.tmp', delete=False, encoding='utf-8') as f: f.write(text)
+    new = dict(dir=path.parent, prefix='.', delete=False, encoding='utf-8')
+    with tempfile.NamedTemporaryFile('w', **new) as f: f.write(text)
     os.chmod(f.name, 0o644)
     os.replace(f.name, path)
 
@@ -197,7 +202,8 @@ def write_rows(
     path # .jsonl file to write
 ):
     "Write a frame to one file, a JSON object a line; missing values are left out, numbers keep all their digits."
-    rows = [{k:v for k,v in r.items() if not (isinstance(v, float) and math.isnan(v)) and v is not None} for r in df.to_dict('records')]
+    def there(v): return v is not None and not (isinstance(v, float) and math.isnan(v))
+    rows = [{k:v for k,v in r.items() if there(v)} for r in df.to_dict('records')]
     write_atomic(path, ''.join(json.dumps(r)+'\n' for r in rows))
 
 def save_results(
@@ -231,8 +237,8 @@ def run_many(
     _check_type('jobs', jobs, 1)
     todo = _budgeted(specs, time.time() + (time_budget or math.inf))
     work = partial(run_one, store=store, root=root, device=device, threads=max(1, cores//jobs) if jobs>1 else None)
-    rows = map(work, todo) if jobs==1 else joblib.Parallel(jobs, return_as='generator_unordered', pre_dispatch='2*n_jobs')(
-        joblib.delayed(work)(o) for o in todo)
+    if jobs==1: rows = map(work, todo)
+    else: rows = joblib.Parallel(jobs, return_as='generator_unordered')(joblib.delayed(work)(o) for o in todo)
     res = []
     try:
         for r in rows: res.append(on_row(r) or r)

@@ -29,7 +29,8 @@ def paired_difference(
 )->tuple: # mean of a-b over shared seeds, low end, high end
     "Compute the mean paired difference and its t interval; a Series with repeated seeds raises a `ValueError`."
     for o in (a,b):
-        if o.index.has_duplicates: raise ValueError(f"seed {o.index[o.index.duplicated()][0]} occurs twice: filter to one run a seed")
+        twice = o.index[o.index.duplicated()]
+        if len(twice): raise ValueError(f"seed {twice[0]} occurs twice: filter to one run a seed")
     return mean_interval((a-b).dropna(), level)
 
 # %% ../../nbs/experiments/stats.ipynb #10e095d1
@@ -37,15 +38,16 @@ def comparison(
     df:pd.DataFrame, # one row a run: method, seed, accuracy, train_accuracy (in [0,1]), seconds
     baseline:str='none', # the method that the others are compared with
     level:float=.95 # coverage of the intervals
-)->pd.DataFrame: # per method: runs, accuracy, low, high, diff, diff_low, diff_high, gap, seconds; baseline first
+)->pd.DataFrame: # runs, accuracy, low, high, diff, diff_low, diff_high, gap, seconds; baseline, then best first
     "Summarise runs by method, with paired differences to the baseline."
     acc = {m:d.set_index('seed').accuracy for m,d in df.groupby('method', sort=False)}
     rows = {}
     for m,d in df.groupby('method', sort=False):
         diff = paired_difference(acc[m], acc[baseline], level) if baseline in acc and m!=baseline else (np.nan,)*3
-        vals = (d.accuracy.notna().sum(), *mean_interval(d.accuracy, level), *diff, (d.train_accuracy-d.accuracy).mean(), d.seconds.mean())
+        gap = (d.train_accuracy-d.accuracy).mean()
+        vals = (d.accuracy.notna().sum(), *mean_interval(d.accuracy, level), *diff, gap, d.seconds.mean())
         rows[m] = dict(zip('runs accuracy low high diff diff_low diff_high gap seconds'.split(), vals))
-    res = pd.DataFrame(rows).T.astype(dict(runs=int))
+    res = pd.DataFrame(rows).T.astype(dict(runs=int)).sort_values('accuracy', ascending=False)
     first = [baseline] if baseline in res.index else []
     return res.loc[first + list(res.index.drop(first))]
 
@@ -57,7 +59,8 @@ def plot_comparison(
     title:str='', # what was compared
     baseline:str='none', # named in the axis label
     axs=None # two matplotlib axes, made if None
-): # the two axes
+  # one row of two
+)->list: # the two axes
     "Draw accuracies and paired differences with their intervals, in percent (a forest plot)."
     if axs is None: axs = plt.subplots(1, 2, figsize=(9,.9+.32*len(table)), sharey=True, layout='constrained')[1]
     t,y = table.drop(columns='runs')*100,np.arange(len(table))[::-1]
@@ -68,4 +71,4 @@ def plot_comparison(
     axs[0].set(yticks=y, yticklabels=t.index, xlabel='test accuracy, %', title=title)
     axs[1].axvline(0, color='.8', zorder=0)
     axs[1].set(xlabel=f'difference to {baseline}, points')
-    return axs
+    return list(axs)

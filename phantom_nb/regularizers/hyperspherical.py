@@ -7,7 +7,7 @@ __all__ = ['hyperspherical_energy', 'authors_factors', 'MHE']
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #9c0c9d71
 import math, torch
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from torch import Tensor
 
 from ..core import Regularizer, _check_number, select_layers, weight_view
@@ -99,7 +99,7 @@ def hyperspherical_energy(
 )->Tensor: # scalar of float32 (float64 for such input): mean energy of a pair
     "Compute the hyperspherical energy of neurons; raise a `ValueError` for wrong shapes or options (Liu 2018, eq. 1)."
     if w.ndim not in (2,3) or w.shape[-2]<2 or not w.is_floating_point():
-        raise ValueError(f"w has shape {tuple(w.shape)} and type {w.dtype}: give floats (n,d) or (g,n,d) with n>=2 neurons")
+        raise ValueError(f"w has shape {tuple(w.shape)} and type {w.dtype}: give floats (n,d) or (g,n,d) with n>=2")
     _check_number('s', s, lambda v: 0<=v<=10, "a power in [0, 10]; larger ones overflow float32 when neurons are close")
     _check_number('eps', eps, lambda v: v>=0, "a number >= 0")
     options = s, half_space, angular, eps
@@ -133,19 +133,29 @@ class MHE(Regularizer):
         super().__init__(lam, every, layers)
         for k,v in dict(hidden=hidden, output=output).items(): _check_number(k, v, lambda v: v>=0, "a factor >= 0")
         store_attr('s,half_space,angular,hidden,output,eps')
-        self.energy(torch.eye(2), False) # refuses s and eps now rather than at the first batch
+        self._energy(torch.eye(2), False) # refuses s and eps now rather than at the first batch
 
-    def energy(self, w, half_space): return hyperspherical_energy(w, self.s, half_space, self.angular, self.eps)
+    def _energy(self, w, half_space): return hyperspherical_energy(w, self.s, half_space, self.angular, self.eps)
 
     def setup(self):
         self.last = next(iter(select_layers(self.model, 'output')))
         self.selected = {k:m for k,m in self.selected.items() if weight_view(m).shape[1]>1}
-        if not self.selected: raise ValueError(f"layers={self.layers!r}: the chosen layers have one neuron a group, so no pairs")
+        if not self.selected: raise ValueError(f"layers={self.layers!r}: all have one neuron a group, so no pairs")
 
-    def energies(self): return {k:self.energy(weight_view(m), self.half_space and k!=self.last) for k,m in self.selected.items()}
+    def energies(self)->dict: # name of the layer -> its energy, a scalar with gradient
+        "Compute every layer's energy."
+        return {k:self._energy(weight_view(m), self.half_space and k!=self.last) for k,m in self.selected.items()}
+
     def penalty(self): return sum((self.output if k==self.last else self.hidden)*e for k,e in self.energies().items())
 
-    @classmethod
-    def paper(cls, lam=1., s=2., half_space=False, angular=False, **kwargs):
-        "Make `MHE` with the authors' factors and epsilon."
-        return cls(lam, s, half_space, angular, **{**authors_factors(s, angular), 'eps':1e-4, **kwargs})
+# %% ../../nbs/regularizers/hyperspherical.ipynb #dbd92bb7
+@patch(cls_method=True)
+def paper(cls:MHE,
+    lam=1., # weight >= 0, or an annealer
+    s:float=2., # power of the distance
+    half_space:bool=False, # half-space energy for hidden layers
+    angular:bool=False, # angular distance
+    **kwargs # further options of `MHE`
+)->MHE: # the callback
+    "Make `MHE` with the authors' factors and epsilon (wy1iu/MHE at c884a4e)."
+    return cls(lam, s, half_space, angular, **{**authors_factors(s, angular), 'eps':1e-4, **kwargs})
