@@ -22,7 +22,7 @@ from .data import DATASETS, available, load_dataset
 from .experiments.bench import BENCHES, save_bench
 from .experiments.methods import METHODS, one_of
 from .experiments.runner import Run, load_results, make_learner, run_many, write_atomic
-from .experiments.stats import comparison, plot_comparison
+from .experiments.stats import comparison, plot_comparison, verdict
 from .models import MODELS
 
 # %% ../nbs/cli.ipynb #d430f3b8
@@ -72,7 +72,7 @@ def as_table(
     title:str='' # above the table
 )->Table: # for a `rich` console
     "Lay out a comparison for the terminal."
-    res = Table('method', title=title, box=SIMPLE, pad_edge=False)
+    res = Table('method', title=title, box=SIMPLE, pad_edge=False, collapse_padding=True)
     heads = 'test accuracy, %', 'vs none, points', 'gap', 'seconds', 'runs'
     for o in heads: res.add_column(o, justify='right', no_wrap=True)
     for m,r in table.iterrows():
@@ -148,6 +148,7 @@ def show_comparison(
     table = report(df, out, runs[0])
     if table is not None:
         console.print(as_table(table, _title(runs[0])))
+        console.print(verdict(table), highlight=False)
         console.print("Means over seeds, 95% intervals; differences paired by seed; gap: training minus test.", style='dim')
     bad = df[df.status!='done']
     why = ', '.join(sorted(set(bad.status)))

@@ -131,7 +131,7 @@ class ImageData:
         train:tuple, # (N,C,H,W) uint8 images and (N,) int64 labels
         test:tuple, # the same for the test images
         source:str, # how they were obtained
-    )->'ImageData':
+    )->'ImageData': # the data set
         "Check two splits and add names and statistics. Raises ValueError."
         spec = _spec(name)
         _check(name, spec, dict(train=train, test=test), source)
@@ -367,19 +367,26 @@ class ImageSet(GetAttr):
     def __getitem__(self, i): return (self.x[i],) if self.y is None else (self.x[i], self.y[i])
     def _with(self, x, y, fine=None): return ImageSet(x, None if y is None else y.to(x.device), self.info, fine)
     @property
-    def items(self): return [self[i] for i in range(len(self))]
+    def items(self)->list: # pairs of image and label
+        "List the items, as fastai asks for."
+        return [self[i] for i in range(len(self))]
 
-    def to(self, device):
+    def to(self,
+        device:str|torch.device # where the images shall be
+    )->'ImageSet': # there
         "Copy to `device`, or return itself if it is there"
         return self if torch.device(device) == self.x.device else self._with(self.x.to(device), self.y, self.fine)
-    def new_empty(self):
+    def new_empty(self)->'ImageSet': # without images
         "Copy everything but the images"
         return self._with(self.x[:0].clone(), torch.zeros(0, dtype=torch.long))
-    def coarsened(self):
+    def coarsened(self)->'ImageSet': # the same images
         "Replace the labels by their superclasses and keep them in `fine`"
         y, info = self.coarse.to(self.y.device)[self.y], replace(self.info, classes=self.coarse_names)
         return ImageSet(self.x, y, info, self.y.cpu())
-    def decode(self, o, full=True):
+    def decode(self,
+        o:tuple, # image and label
+        full:bool=True # for fastai, without effect
+    )->tuple: # image and `Category`
         "Name the labels of one item"
         return (o[0], *(Category(self.classes[int(i)]) for i in o[1:]))
 
@@ -394,7 +401,10 @@ def _to_bytes(o, shape): # path, PIL image, array or tensor -> uint8 of `shape`;
 
 # %% ../nbs/data.ipynb #336802c1
 @patch
-def from_items(self:ImageSet, items, with_labels=False):
+def from_items(self:ImageSet,
+    items:list, # paths, PIL images, arrays or uint8 tensors, or pairs of one and its label
+    with_labels:bool=False # are they pairs?
+)->ImageSet: # (N,C,H,W) of the same shape
     "Make a set of new images, each alone or, `with_labels`, paired with its label. Raises ValueError."
     xs, ys = zip(*items) if with_labels else (items, None)
     x = torch.stack([_to_bytes(o, self.x.shape[1:]) for o in xs]).to(self.x.device)
@@ -520,9 +530,13 @@ def show_batch(self:ImageDL, b=None, max_n=9, unique=False, **kwargs):
 class ImageLoaders(DataLoaders):
     "Hold three loaders: `train` and `valid` from the training pool, and `test`, on which nothing is chosen"
     @property
-    def test(self): return self.loaders[2]
+    def test(self)->ImageDL: # of the official test images
+        "The third loader"
+        return self.loaders[2]
     @property
-    def test_ds(self): return self.test.dataset
+    def test_ds(self)->ImageSet: # the official test images
+        "What `test` loads"
+        return self.test.dataset
 
     def test_dl(self,
         test_items:list, # files or PIL images (resized to fit), (C,H,W) uint8 arrays or tensors

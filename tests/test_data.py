@@ -12,7 +12,7 @@ from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from fastai.callback.progress import ProgressCallback
-import fastai.callback.schedule
+import fastai.callback.schedule # chkstyle: ignore
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -120,8 +120,8 @@ def test_only_matching_images_and_labels_make_a_data_set():
     x, y = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 10
     assert len(ImageData.create('digits', (x,y), (x,y), 'made up').x_test) == 20
     for bad, says in (((x[1:],y), '19 test images but 20 labels'), ((x[:9],y[:9]), 'no test image of 9'),
-                      ((x,y+1), 'no test image of 0'), ((x,torch.where(y > 8, 10*(y//9), y)), 'no test image of 9'),
-                      ((torch.cat([x,x]),torch.arange(40) % 20), 'label 19 is out of range')):
+        ((x,y+1), 'no test image of 0'), ((x,torch.where(y > 8, 10*(y//9), y)), 'no test image of 9'),
+        ((torch.cat([x,x]),torch.arange(40) % 20), 'label 19 is out of range')):
         with pytest.raises(ValueError, match=says): ImageData.create('digits', (x,y), bad, 'made up')
 
 # --- image-folder trees
@@ -160,6 +160,7 @@ def test_folder_names_are_read_leniently(tmp_path):
             d.mkdir(parents=True)
             Image.fromarray(scan(len(c), 28)[:,:,0]).save(d/'a.png')
             (d/'notes.txt').write_text('not an image')
+            (d/'._a.png').write_text('what macOS leaves behind')
         (tmp_path/'fashion-mnist'/split/'.ipynb_checkpoints').mkdir()
     d = load_dataset('fashion_mnist', tmp_path)
     assert d.x_train.shape == (10,1,28,28) and d.classes[9] == 'Ankle boot'
@@ -226,6 +227,10 @@ def test_damaged_trees_are_refused(tmp_path, harm, says):
     make_tree(tmp_path/'cifar10', 'cifar10', train=2, test=1)
     harm(tmp_path/'cifar10')
     with pytest.raises(ValueError, match=says): load_dataset('cifar10', tmp_path)
+
+def test_wrong_classes_in_a_folder_of_the_right_name_are_refused(tmp_path):
+    make_tree(tmp_path/'cifar10', 'digits', train=1, test=1)
+    with pytest.raises(ValueError, match='missing: airplane.*unknown: 0, 1'): load_dataset('cifar10', tmp_path)
 
 def test_splits_of_different_size_are_refused(tmp_path):
     make_tree(tmp_path/'a', 'cifar10', train=1, test=1)
@@ -347,7 +352,7 @@ def test_missing_says_where_and_how(tmp_path, monkeypatch, isolated):
     monkeypatch.setenv('PHANTOM_NB_DATA', str(tmp_path/'env'))
     with pytest.raises(FileNotFoundError) as e: load_dataset('fashion_mnist', tmp_path)
     for s in (tmp_path, tmp_path/'env', D._system, isolated/'torch'/'datasets', 'no such folder', 'fashion-mnist',
-              'phantom_nb data fashion_mnist --download', '--root', '$PHANTOM_NB_DATA', 'dataset-fashion-mnist'):
+        'phantom_nb data fashion_mnist --download', '--root', '$PHANTOM_NB_DATA', 'dataset-fashion-mnist'):
         assert str(s) in str(e.value)
     with pytest.raises(FileNotFoundError) as e: load_dataset('cifar10')
     assert 'cifar-10-batches-py' in str(e.value) and 'dataset-fashion' not in str(e.value)
@@ -413,15 +418,17 @@ def test_recorded_results_keep_their_subsets(digits):
     assert get_dls(digits, 50).train.get_idxs()[:8].tolist() == [26, 4, 23, 18, 33, 41, 0, 21]
 
 def test_balanced_subset_is_random_and_keeps_to_itself(digits):
-    torch.manual_seed(0); np.random.seed(0)
-    a, state = balanced_subset(digits.y_train, 500, 1), torch.get_rng_state()
-    torch.manual_seed(5); np.random.seed(5)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    a = balanced_subset(digits.y_train, 500, 1)
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+    torch.manual_seed(5)
+    np.random.seed(5)
     assert torch.equal(balanced_subset(digits.y_train, 500, 1), a)
     assert not torch.equal(balanced_subset(digits.y_train, 500, 2).sort()[0], a.sort()[0])
     overlap = len(set(a.tolist()) & set(balanced_subset(digits.y_train, 500, 2).tolist()))
     assert 200 < overlap < 300
-    torch.manual_seed(0); np.random.seed(0)
-    assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError): balanced_subset(digits.y_train, 20.5)
 
 @settings(max_examples=60, deadline=None)
@@ -451,7 +458,7 @@ def test_default_sizes(digits, n_train, n_valid, want):
 
 def test_split_sizes_are_checked(digits):
     for kw in (dict(n_train=5), dict(n_train=1001), dict(n_valid=5), dict(n_valid=991), dict(n_train=910, n_valid=100),
-               dict(bs=0), dict(augment='x'), dict(seed=-1)):
+        dict(bs=0), dict(augment='x'), dict(seed=-1)):
         with pytest.raises(ValueError): get_dls(digits, **kw)
 
 def test_test_images_are_never_trained_or_tuned_on():
@@ -499,7 +506,9 @@ def test_order_depends_on_seed_and_epoch_alone():
     data = tagged()
     def order(seed=0, epoch=0, bs=16): return seen(ImageDL(ImageSet(data.x_train, data.y_train, data), bs, True, seed=seed, epoch=epoch))
     a = order()
-    torch.manual_seed(9); np.random.seed(9); random.seed(9)
+    torch.manual_seed(9)
+    np.random.seed(9)
+    random.seed(9)
     assert order() == a == order(bs=50)
     assert len({tuple(o) for o in (a, order(1), order(0, 1), order(1, 1), order(2))}) == 5
     dl = ImageDL(ImageSet(data.x_train, data.y_train, data), 16, True, augment=Augment(1))
@@ -608,7 +617,8 @@ def test_batches_are_the_callers(digits):
     "CutMix writes into the batch: that must not reach the data"
     dls = get_dls(digits, 50)
     x, y = dls.one_batch()
-    x.zero_(); y.zero_()
+    x.zero_()
+    y.zero_()
     assert dls.one_batch()[0].abs().sum() > 0 and torch.equal(dls.train_ds.y.bincount(), torch.full((10,), 5))
 
 
@@ -694,6 +704,9 @@ def test_pictures(digits):
     dls.show_batch(max_n=4)
     shown = [a.get_title() for a in plt.gcf().axes if a.get_title()]
     assert shown == [dls.vocab[i] for i in dls.one_batch()[1][:4]]
+    assert plt.gcf().axes[0].images[0].get_cmap().name == 'Greys'
+    decoded = dls.train.decode((10*dls.one_batch()[0], dls.one_batch()[1]))
+    assert decoded[0].min() >= 0 and decoded[0].max() <= 1 and decoded[0].device.type == 'cpu'
     im = plt.gcf().axes[0].images[0].get_array()
     torch.testing.assert_close(torch.as_tensor(np.asarray(im)).float(), raw(dls.train, dls.one_batch()[0])[0,0].cpu()/255)
     dls.show_batch(unique=True, max_n=6)
@@ -729,7 +742,7 @@ def test_export_and_predict(digits, tmp_path):
     shown = torch.as_tensor(np.asarray(loaded.predict(x, with_input=True)[0]))
     torch.testing.assert_close(shown, x.float()/255, rtol=1e-4, atol=1e-5)
     for bad in (x.float(), torch.zeros(1, 9, 9, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8),
-                torch.zeros(1, 4, 16, dtype=torch.uint8)):
+        torch.zeros(1, 4, 16, dtype=torch.uint8)):
         with pytest.raises(ValueError, match='uint8 of shape'): loaded.predict(bad)
 
 def test_colour_files_and_arrays_become_the_data_sets_shape(tmp_path):

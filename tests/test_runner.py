@@ -11,7 +11,7 @@ from phantom_nb import cli
 from phantom_nb.experiments import runner
 from phantom_nb.experiments.methods import METHODS, make_method
 from phantom_nb.experiments.runner import Run, evaluate, load_results, make_learner, run_many, run_one, save_results, write_atomic
-from phantom_nb.experiments.stats import comparison, mean_interval, paired_difference
+from phantom_nb.experiments.stats import comparison, mean_interval, paired_difference, verdict
 
 QUICK = Run(epochs=2, n_train=40)
 
@@ -169,3 +169,13 @@ def test_pairing_by_seed_not_by_position():
 def test_comparison_without_its_baseline():
     df = pd.DataFrame(dict(method='mhe', seed=[0,1], accuracy=[.5,.6], train_accuracy=1., seconds=1.))
     assert np.isnan(comparison(df)['diff']).all()
+
+def test_verdict_says_better_only_when_the_interval_clears_zero():
+    seeds = dict(seed=range(4), train_accuracy=1., seconds=1.)
+    luck = np.array([.5,.6,.4,.7])
+    runs = dict(none=luck, up=luck+[.05,.06,.04,.05], down=luck-[.05,.06,.04,.05], noisy=luck+[.3,-.2,.3,-.2])
+    df = pd.concat([pd.DataFrame(dict(method=m, accuracy=v, **seeds)) for m,v in runs.items()])
+    table = comparison(df)
+    assert list(table.index)[0]=='none' and table.accuracy.iloc[1:].is_monotonic_decreasing
+    assert verdict(table).endswith("Interval above zero: up; below zero: down.") and "up, +5.0 points [+3.7, +6.3]" in verdict(table)
+    assert 'One seed has no interval' in verdict(comparison(df[df.seed==0])) and 'yet' in verdict(comparison(df[df.method=='up']))
