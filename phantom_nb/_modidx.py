@@ -270,6 +270,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                  'phantom_nb/regularizers/hyperspherical.py'),
                                                         'phantom_nb.regularizers.hyperspherical._kernel': ( 'regularizers/hyperspherical.html#_kernel',
                                                                                                             'phantom_nb/regularizers/hyperspherical.py'),
+                                                        'phantom_nb.regularizers.hyperspherical._panel': ( 'regularizers/hyperspherical.html#_panel',
+                                                                                                           'phantom_nb/regularizers/hyperspherical.py'),
                                                         'phantom_nb.regularizers.hyperspherical._phi': ( 'regularizers/hyperspherical.html#_phi',
                                                                                                          'phantom_nb/regularizers/hyperspherical.py'),
                                                         'phantom_nb.regularizers.hyperspherical._psi': ( 'regularizers/hyperspherical.html#_psi',

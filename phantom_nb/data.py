@@ -395,7 +395,7 @@ def _to_bytes(o, shape): # path, PIL image, array or tensor -> uint8 of `shape`;
     if isinstance(o, (str, Path)): o = Image.open(o)
     if isinstance(o, Image.Image): o = np.asarray(o.convert('L' if shape[0] == 1 else 'RGB').resize(shape[:0:-1]))
     if isinstance(o, np.ndarray) and o.shape == (*shape[1:], 3): o = o.transpose(2,0,1)
-    o = torch.as_tensor(np.array(o))
+    o = o.as_subclass(Tensor) if isinstance(o, Tensor) else torch.from_numpy(np.array(o))
     if o.dtype == torch.uint8 and o.shape in (shape, shape[1:]): return o.view(shape)
     raise ValueError(f"an image must be uint8 of shape {tuple(shape)}, got {o.dtype} of shape {tuple(o.shape)}")
 

@@ -11,6 +11,7 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
+from fastai.torch_core import TensorImage
 from fastai.callback.progress import ProgressCallback
 import fastai.callback.schedule # chkstyle: ignore
 from hypothesis import given, settings, strategies as st
@@ -735,7 +736,7 @@ def test_export_and_predict(digits, tmp_path):
     x = digits.x_test[7]
     Image.fromarray(x[0].numpy()).save(tmp_path/'x.png')
     want = learn.get_preds(dl=dls.test)[0][7]
-    for item in (x, x[0], x.numpy(), Image.fromarray(x[0].numpy()), tmp_path/'x.png', str(tmp_path/'x.png')):
+    for item in (x, TensorImage(x), x[0], x.numpy(), Image.fromarray(x[0].numpy()), tmp_path/'x.png', str(tmp_path/'x.png')):
         label, i, p = loaded.predict(item)
         assert label == digits.classes[i] and i == want.argmax()
         torch.testing.assert_close(p, want, rtol=1e-4, atol=1e-5)
@@ -752,6 +753,7 @@ def test_colour_files_and_arrays_become_the_data_sets_shape(tmp_path):
     Image.fromarray(hwc).resize((16,16), Image.NEAREST).convert('RGBA').save(tmp_path/'big.png')
     dl = dls.test_dl([hwc, x[3], Image.fromarray(hwc)])
     assert torch.equal(raw(dl, dl.one_batch()[0]), x[[3,3,3]].to(dls.device)) and len(dl.one_batch()) == 1
+    assert type(dls.test_dl([TensorImage(x[3])]).one_batch()[0]) is torch.Tensor
     assert dls.test_dl([tmp_path/'big.png']).one_batch()[0].shape == (1,3,8,8)
     labelled = dls.test_dl([(x[0], 4), (x[1], y[1])], with_labels=True).one_batch()
     assert labelled[1].tolist() == [4, 1]
@@ -771,7 +773,8 @@ def test_dealt_out_to_processes():
     def loader(): return ImageDL(ImageSet(data.x_train, data.y_train, data), 10, True, augment=Augment(1))
     def part(dl, rank):
         idxs = list(dl.get_idxs())
-        dl.randomize(); dl.before_iter()
+        dl.randomize()
+        dl.before_iter()
         yield from (dl.after_batch(b) for b in dl.create_batches(i for i in [int(o) for o in idxs][rank*50:rank*50+50]))
         dl.after_iter()
     whole, ranks = loader(), [loader(), loader()]

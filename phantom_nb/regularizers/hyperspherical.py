@@ -16,16 +16,16 @@ from ..core import Regularizer, _check_number, select_layers, weight_view
 def _kernel(u, s):
     "f_s at squared distance `u`, and its derivative in `u`"
     floor = 8*torch.finfo(u.dtype).eps
-    r = u.clamp_min(floor).reciprocal()
+    r = u.clamp_min(floor).reciprocal_()
     f = r if s==2 else r.sqrt() if s==1 else r.log()/2 if s==0 else r**(s/2)
-    df = r*-.5 if s==0 else f*r*(-s/2)
-    return f, df.masked_fill(u<=floor, 0)
+    df = r*-.5 if s==0 else (f*r).mul_(-s/2)
+    return f, df.masked_fill_(u<=floor, 0)
 
 def _phi(g, s, angular, eps):
     "Energy of a pair with cosine `g` and its derivative in `g` (eq. 3)"
     if not angular:
         f,df = _kernel(2-2*g, s)
-        return f, -2*df
+        return f, df.mul_(-2)
     lim = 1 - 4*torch.finfo(g.dtype).eps
     c = g.clamp(-lim, lim)
     t = c.acos()/math.pi + eps
@@ -35,39 +35,48 @@ def _phi(g, s, angular, eps):
 def _psi(g, s, half_space, angular, eps):
     "Pair term of the full or the half space and its derivative in `g` (eq. 4, 5)"
     if half_space and s==2 and not angular:
-        f,df = _kernel(1-g*g, 2)
-        return f, df*g*-2
+        f,df = _kernel((g*g).neg_().add_(1), 2)
+        return f, df.mul_(g).mul_(-2)
     f,df = _phi(g, s, angular, eps)
     if not half_space: return f,df
     m,dm = _phi(-g, s, angular, eps)
     return f+m, df-dm
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #b32cd73b
-def _energy_grad(w, s, half_space, angular, eps, grad=True):
-    "Energy of `w (...,n,d)`, mean over leading axes, and its gradient in `w` (eq. 4, 6)"
-    n = w.shape[-2]
+def _panel(w, r, i, j, form):
+    "Pair terms of rows i:j with columns i:, their derivative and their cosines, all (...,j-i,n-i)"
+    g = (w[...,i:j,:]@w[...,i:,:].mT).mul_(r[...,i:j,:]).mul_(r[...,i:,:].mT)
+    g.diagonal(dim1=-2, dim2=-1).zero_()
+    f,df = _psi(g, *form)
+    df.diagonal(dim1=-2, dim2=-1).zero_()
+    return f,df,g
+
+def _energy_grad(w, *form, grad=True):
+    "Energy of `w (g,n,d)`, mean over groups, and its gradient in `w` (eq. 4, 7)"
+    (s,half_space,angular,eps),n = form,w.shape[1]
     q = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square()
     r = (q+eps).rsqrt()
-    w_hat = w*r
     rows = 256 if w.device.type=='cpu' else max(256, 2**23//n)
-    total,v = 0.,torch.zeros_like(w_hat)
+    zero = w.new_zeros(())
+    total,v,dot = -q.numel()*_psi(zero, *form)[0],torch.zeros_like(w),torch.zeros_like(q)
     for i in range(0, n, rows):
-        a,b = w_hat[...,i:i+rows,:],w_hat[...,i:,:]
-        g = a@b.mT
-        g.diagonal(dim1=-2, dim2=-1).zero_()
-        f,df = _psi(g, s, half_space, angular, eps)
-        total = total + 2*f.sum() - f[...,:a.shape[-2]].sum()
-        if grad: v[...,i:i+rows,:] += df@b
-        if grad and i+rows<n: v[...,i+rows:,:] += df[...,rows:].mT@a
-    f0,d0 = _psi(w.new_zeros(()), s, half_space, angular, eps)
-    total,z = total - f0*q.numel(), n*(2*n-1 if half_space else n-1)*(q.numel()/n)
+        j = min(i+rows, n)
+        f,df,g = _panel(w, r, i, j, form)
+        total = total + 2*f.sum() - f[...,:j-i].sum()
+        if not grad: continue
+        c = df*g
+        dot[:,i:j] += c.sum(-1, keepdim=True)
+        dot[:,j:] += c[...,j-i:].sum(-2)[...,None]
+        df = (df*r[:,i:j]).mul_(r[:,i:].mT)
+        v[:,i:j].baddbmm_(df, w[:,i:])
+        if j<n: v[:,j:].baddbmm_(df[...,j-i:].mT, w[:,i:j])
+    z = q.numel()*(2*n-1 if half_space else n-1)
     if half_space:
-        f,d0 = _phi(-w_hat.square().sum(-1, keepdim=True), s, angular, eps)
-        total = total + f.sum()
+        c = q*r*r
+        f,df = _phi(-c, *form[:1], *form[2:])
+        total,dot = total+f.sum(),dot+df*(1-c)
     if not grad: return total/z, None
-    v = torch.addcmul(v, d0, w_hat, value=-1)
-    v = torch.addcmul(v, (v*w_hat).sum(-1, keepdim=True), w_hat, value=-1)
-    return total/z, v*(r.masked_fill(q==0, 0)*(2/z))
+    return total/z, torch.addcmul(v, dot*r*r, w, value=-1).mul_(2/z).masked_fill_(q==0, 0)
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #e378b846
 def _wide(w): return w if w.dtype==torch.float64 else w.float()
@@ -102,7 +111,7 @@ def hyperspherical_energy(
         raise ValueError(f"w has shape {tuple(w.shape)} and type {w.dtype}: give floats (n,d) or (g,n,d) with n>=2")
     _check_number('s', s, lambda v: 0<=v<=10, "a power in [0, 10]; larger ones overflow float32 when neurons are close")
     _check_number('eps', eps, lambda v: v>=0, "a number >= 0")
-    options = s, half_space, angular, eps
+    options,w = (s,half_space,angular,eps),w if w.ndim==3 else w[None]
     with torch.autocast(w.device.type, enabled=False):
         if torch.is_grad_enabled() and w.requires_grad: return _Energy.apply(w, options)[0]
         return _energy_grad(_wide(w), *options, grad=False)[0]
