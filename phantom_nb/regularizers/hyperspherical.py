@@ -9,6 +9,7 @@ __all__ = ['hyperspherical_energy', 'authors_factors', 'MHE']
 import math, torch
 from fastcore.basics import patch, store_attr
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core import Regularizer, _check_number, select_layers, weight_view
 
@@ -18,8 +19,8 @@ def _kernel(u, s):
     floor = 8*torch.finfo(u.dtype).eps
     r = u.clamp_min(floor).reciprocal_()
     f = r if s==2 else r.sqrt() if s==1 else r.log()/2 if s==0 else r**(s/2)
-    df = r*-.5 if s==0 else (f*r).mul_(-s/2)
-    return f, df.masked_fill_(u<=floor, 0)
+    force = F.threshold(u, floor, math.inf).reciprocal_() # 1/u, and 0 where u is capped
+    return f, force*-.5 if s==0 else (f*force).mul_(-s/2)
 
 def _phi(g, s, angular, eps):
     "Energy of a pair with cosine `g` and its derivative in `g` (eq. 3)"
@@ -35,7 +36,7 @@ def _phi(g, s, angular, eps):
 def _psi(g, s, half_space, angular, eps):
     "Pair term of the full or the half space and its derivative in `g` (eq. 4, 5)"
     if half_space and s==2 and not angular:
-        f,df = _kernel((g*g).neg_().add_(1), 2)
+        f,df = _kernel(torch.addcmul(g.new_ones(()), g, g, value=-1), 2)
         return f, df.mul_(g).mul_(-2)
     f,df = _phi(g, s, angular, eps)
     if not half_space: return f,df
@@ -44,41 +45,49 @@ def _psi(g, s, half_space, angular, eps):
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #b32cd73b
 def _panel(w, r, i, j, form):
-    "Pair terms of rows i:j with columns i:, their derivative and their cosines, all (...,j-i,n-i)"
-    g = (w[...,i:j,:]@w[...,i:,:].mT).mul_(r[...,i:j,:]).mul_(r[...,i:,:].mT)
+    "Pair terms of rows i:j with columns i:, their derivative and their cosines, all (g,j-i,n-i)"
+    g = (w[:,i:j]@w[:,i:].mT).mul_(r[:,i:j]).mul_(r[:,i:].mT)
     g.diagonal(dim1=-2, dim2=-1).zero_()
     f,df = _psi(g, *form)
     df.diagonal(dim1=-2, dim2=-1).zero_()
     return f,df,g
 
-def _energy_grad(w, *form, grad=True):
-    "Energy of `w (g,n,d)`, mean over groups, and its gradient in `w` (eq. 4, 7)"
-    (s,half_space,angular,eps),n = form,w.shape[1]
+def _collect(out, row_sum, df, g, w, r, i, j, scale):
+    "Put a panel, and by symmetry its mirror image, into M or into the gradient, and its row sums into `row_sum` (eq. 7)"
+    c = df*g
+    row_sum[:,i:j] += c.sum(-1, keepdim=True)
+    row_sum[:,j:] += c[...,j-i:].sum(-2)[...,None]
+    m = (df*(scale*r[:,i:j])).mul_(r[:,i:].mT)
+    if w.shape[1]>w.shape[2]:
+        out[:,i:j].baddbmm_(m, w[:,i:])
+        out[:,j:].baddbmm_(m[...,j-i:].mT, w[:,i:j])
+    else: out[:,i:j,i:],out[:,j:,i:j] = m,m[...,j-i:].mT
+
+# %% ../../nbs/regularizers/hyperspherical.ipynb #e378b846
+def _energy_grad(w, s, half_space, angular, eps, grad=True):
+    "Energy of `w (g,n,d)`, mean over groups, and M `(g,n,n)` if n<=d, else the gradient `(g,n,d)` (eq. 4, 7)"
+    n,form = w.shape[1],(s,half_space,angular,eps)
     q = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square()
-    r = (q+eps).rsqrt()
+    r,z = (q+eps).rsqrt().masked_fill(q==0, 0),q.numel()*(2*n-1 if half_space else n-1)
     rows = 256 if w.device.type=='cpu' else max(256, 2**23//n)
-    zero = w.new_zeros(())
-    total,v,dot = -q.numel()*_psi(zero, *form)[0],torch.zeros_like(w),torch.zeros_like(q)
+    total,row_sum,out = -q.numel()*_psi(w.new_zeros(()), *form)[0],torch.zeros_like(q),None
+    if grad: out = torch.zeros_like(w) if n>w.shape[2] else w.new_empty(len(w), n, n)
     for i in range(0, n, rows):
         j = min(i+rows, n)
         f,df,g = _panel(w, r, i, j, form)
         total = total + 2*f.sum() - f[...,:j-i].sum()
-        if not grad: continue
-        c = df*g
-        dot[:,i:j] += c.sum(-1, keepdim=True)
-        dot[:,j:] += c[...,j-i:].sum(-2)[...,None]
-        df = (df*r[:,i:j]).mul_(r[:,i:].mT)
-        v[:,i:j].baddbmm_(df, w[:,i:])
-        if j<n: v[:,j:].baddbmm_(df[...,j-i:].mT, w[:,i:j])
-    z = q.numel()*(2*n-1 if half_space else n-1)
+        if grad: _collect(out, row_sum, df, g, w, r, i, j, 2/z)
     if half_space:
         c = q*r*r
-        f,df = _phi(-c, *form[:1], *form[2:])
-        total,dot = total+f.sum(),dot+df*(1-c)
+        f,df = _phi(-c, s, angular, eps)
+        total,row_sum = total+f.sum(),row_sum+df*(1-c)
     if not grad: return total/z, None
-    return total/z, torch.addcmul(v, dot*r*r, w, value=-1).mul_(2/z).masked_fill_(q==0, 0)
+    diagonal = row_sum*r*r*(-2/z)
+    if n>w.shape[2]: return total/z, out.addcmul_(diagonal, w)
+    out.diagonal(dim1=-2, dim2=-1).copy_(diagonal[...,0])
+    return total/z, out
 
-# %% ../../nbs/regularizers/hyperspherical.ipynb #e378b846
+# %% ../../nbs/regularizers/hyperspherical.ipynb #13f50128
 def _wide(w): return w if w.dtype==torch.float64 else w.float()
 
 class _Energy(torch.autograd.Function):
@@ -93,10 +102,12 @@ class _Energy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, de, _):
-        w,g = ctx.saved_tensors
-        if torch.is_grad_enabled(): g = _energy_grad(_wide(w), *ctx.options)[1]
-        most = torch.finfo(w.dtype).max
-        return (de*g).clamp(-most, most).to(w.dtype), None
+        w,m = ctx.saved_tensors
+        x = _wide(w)
+        if torch.is_grad_enabled(): m = _energy_grad(x, *ctx.options)[1]
+        g = de*m if w.shape[1]>w.shape[2] else (de*m)@x
+        if w.dtype in (torch.float16, torch.bfloat16): g = g.clamp(*[c*torch.finfo(w.dtype).max for c in (-1,1)])
+        return g.to(w.dtype), None
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #f52e594a
 def hyperspherical_energy(
