@@ -11,7 +11,7 @@ from phantom_nb import cli
 from phantom_nb.experiments import runner
 from phantom_nb.experiments.methods import METHODS, make_method
 from phantom_nb.experiments.runner import Run, evaluate, load_results, make_learner, run_many, run_one, save_results, write_atomic
-from phantom_nb.experiments.stats import comparison, mean_interval, paired_difference, verdict
+from phantom_nb.experiments.stats import comparison, mean_interval, paired_difference, plot_comparison, verdict
 
 QUICK = Run(epochs=2, n_train=40)
 
@@ -179,3 +179,12 @@ def test_verdict_says_better_only_when_the_interval_clears_zero():
     assert list(table.index)[0]=='none' and table.accuracy.iloc[1:].is_monotonic_decreasing
     assert verdict(table).endswith("Interval above zero: up; below zero: down.") and "up, +5.0 points [+3.7, +6.3]" in verdict(table)
     assert 'One seed has no interval' in verdict(comparison(df[df.seed==0])) and 'yet' in verdict(comparison(df[df.method=='up']))
+
+def test_picture_has_every_method_beside_its_own_name():
+    df = pd.DataFrame([dict(method=m, seed=s, accuracy=a+.01*s, train_accuracy=1., seconds=1.) for m,a in dict(none=.5, b=.9, a=.7).items() for s in (0,1)])
+    table = comparison(df)
+    for ax,col in zip(plot_comparison(table), ('accuracy','diff')):
+        names = {round(y):t.get_text() for y,t in zip(ax.get_yticks(), ax.get_yticklabels())} if col=='accuracy' else names
+        points = np.ma.filled(ax.collections[-1].get_offsets(), np.nan)
+        assert {names[round(y)]:x for x,y in points if not np.isnan(x)} == pytest.approx((table[col].dropna()*100).to_dict())
+    cli.plt.close('all')
