@@ -149,7 +149,7 @@ def show_comparison(
     if table is not None:
         console.print(as_table(table, _title(runs[0])))
         console.print(verdict(table), highlight=False)
-        console.print("Means over seeds, 95% intervals; differences paired by seed; gap: training minus test.", style='dim')
+        console.print("95% intervals; differences are paired by seed; gap: training minus test.", style='dim')
     bad = df[df.status!='done']
     why = ', '.join(sorted(set(bad.status)))
     if len(bad): console.print(f"{len(bad)} of {len(df)} runs did not finish ({why}); they are left out above.")

@@ -59,7 +59,8 @@ def _energy_row(n, d, device, seconds):
     "Forward and backward of both programs at one size"
     w = torch.randn(n, d, device=device, requires_grad=True)
     def run(f, **kw): return lambda: torch.autograd.grad(f(w, eps=1e-4, **kw), w)
-    plain,ours = best_seconds(run(plain_energy), seconds),best_seconds(run(hyperspherical_energy, half_space=True), seconds)
+    plain = best_seconds(run(plain_energy), seconds)
+    ours = best_seconds(run(hyperspherical_energy, half_space=True), seconds)
     return dict(n=n, d=d, plain_ms=1e3*plain, ours_ms=1e3*ours, speedup=plain/ours)
 
 def bench_energy(

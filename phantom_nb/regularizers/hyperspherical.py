@@ -53,7 +53,7 @@ def _panel(w, r, i, j, form):
     return f,df,g
 
 def _collect(out, row_sum, df, g, w, r, i, j, scale):
-    "Put a panel, and by symmetry its mirror image, into M or into the gradient, and its row sums into `row_sum` (eq. 7)"
+    "Put a panel and its mirror image into M or into the gradient, and its row sums into `row_sum` (eq. 7)"
     c = df*g
     row_sum[:,i:j] += c.sum(-1, keepdim=True)
     row_sum[:,j:] += c[...,j-i:].sum(-2)[...,None]
