@@ -128,6 +128,8 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     out = out or Path('compare')/f'{data}-{runs[0].n_train}'
     make_learner(runs[0], root)
     console,code = Console(),0
+    there = {p.stem.rsplit('-')[-1] for p in (out/'runs').glob('*.json')} & {o.key for o in runs}
+    if there: console.print(f"{len(there)} of {len(runs)} runs are recorded already in {out}.", highlight=False)
     with _Watch(len(runs), console) as watch:
         try: run_many(runs, jobs=jobs, store=out/'runs', root=root, on_row=watch)
         except KeyboardInterrupt: code = 130
@@ -150,6 +152,7 @@ def show_comparison(
         console.print(as_table(table, _title(runs[0])))
         console.print(verdict(table), highlight=False)
         console.print("95% intervals; differences are paired by seed; gap: training minus test.", style='dim')
+    if len(df)<len(runs): console.print(f"{len(df)} of {len(runs)} runs are in.")
     bad = df[df.status!='done']
     why = ', '.join(sorted(set(bad.status)))
     if len(bad): console.print(f"{len(bad)} of {len(df)} runs did not finish ({why}); they are left out above.")
@@ -167,7 +170,7 @@ def data_command(name:Name=None, download:Download=False, root:Root=None):
     if name is not None: return console.print(load_dataset(name, root, download=download))
     table = Table('data set', 'here', 'training', 'test', 'shape', 'classes', 'source', box=SIMPLE, pad_edge=False)
     for k,r in available(root).iterrows():
-        vals = r.train, r.test, '×'.join(map(str, r['shape'])), r.classes, r.source
+        vals = r.train or '-', r.test or '-', '×'.join(map(str, r['shape'])), r.classes, r.source
         table.add_row(k, 'yes' if r.found else 'no', *map(str, vals))
     console.print(table)
 

@@ -149,7 +149,8 @@ class Regularizer(Callback):
         with torch.set_grad_enabled(lam>0), torch.autocast(device, enabled=False): r = self.penalty()
         if r.ndim: raise ValueError(f"{type(self).__name__}.penalty() returned shape {tuple(r.shape)}: return a scalar")
         term = lam*self.every*r
-        share = self._share(term) if self.steps % (self.probe_every*self.every) == 0 else math.nan
+        probe = self.every*max(1, min(self.probe_every, self.n_epoch*self.n_iter//(10*self.every)))
+        share = self._share(term) if self.steps % probe == 0 else math.nan
         self._record(self.steps, self.epoch + (self.iter+1)/self.n_iter, lam, r.detach(), share)
         if term.requires_grad: self.learn.loss_grad = self.loss_grad + term
 
@@ -195,10 +196,11 @@ def plot(self:Regularizer,
 )->list: # the two axes
     "Plot the penalty and its share of the gradient over epochs."
     df = self.to_frame()
+    if not len(df): raise ValueError(f"{type(self).__name__} has nothing to plot yet: fit first")
     if axs is None: axs = plt.subplots(1, 2, figsize=(9,3), layout='constrained')[1]
     df.plot(x='epoch', y='penalty', ax=axs[0], legend=False, ylabel=f"{type(self).__name__} penalty")
     df.dropna().plot(x='epoch', y='share', ax=axs[1], legend=False, marker='.', ylim=(0,1))
-    axs[1].set_ylabel("share of the gradient")
+    axs[1].set(ylabel="share of the gradient", xlim=axs[0].get_xlim())
     return list(axs)
 
 # %% ../nbs/core.ipynb #958aa1f7
@@ -465,6 +467,7 @@ def check_regularizer(
     points=range(1, 10) # numbers of the promises to test, 1 to 9
 )->pd.DataFrame: # one row a promise: its text, and 'kept' or what went wrong
     "Test the nine promises of a regularizer; raise an `AssertionError` that lists the broken ones."
+    if isinstance(make, Callback): raise ValueError(f"{make!r} is an instance: give the class, or a partial of it")
     rows = {}
     for i in points:
         f = PROMISES[i-1]

@@ -130,7 +130,7 @@ def test_schedule_and_record():
     with learner(cb).no_bar() as learn: learn.fit(3)
     df = cb.to_frame()
     assert len(df)==12 and df.lam.iloc[0]==0 and df.lam.is_monotonic_increasing and abs(df.lam.iloc[-1]-2*11/12)<1e-6
-    assert (df.penalty>0).all() and df.share.notna().sum()==1
+    assert (df.penalty>0).all() and df.share.notna().sum()==12
     learn.validate()
     assert len(cb.to_frame())==12
     learn.fit(1)
@@ -159,6 +159,17 @@ def test_share_against_two_backward_passes():
     r = gradient_norm(3*torch.stack([m.weight.square().mean() for m in (model[0], model[3])]).mean(), ps)
     l = gradient_norm(learn.loss_func(model(x), y), ps)
     assert abs(cb.records[0][4] - (r/(r+l)).item()) < 1e-5
+
+def test_share_is_probed_ten_times_in_a_short_fit_and_seldom_in_a_long_one():
+    def probes(epochs, **kwargs):
+        cb = L2Penalty(**kwargs)
+        with learner(cb).no_bar() as learn: learn.fit(epochs)
+        return cb.to_frame().share.notna().sum()
+    assert (probes(10), probes(150), probes(10, every=2)) == (10, 12, 10)
+
+def test_plot_before_a_fit_and_an_instance_to_check_are_refused():
+    with pytest.raises(ValueError, match='fit first'): L2Penalty().plot()
+    with pytest.raises(ValueError, match='give the class'): check_regularizer(L2Penalty())
 
 def test_penalty_must_be_a_scalar():
     class Vector(L2Penalty):

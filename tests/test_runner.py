@@ -130,7 +130,8 @@ def test_interrupted_comparison_keeps_shows_and_resumes(tmp_path):
     assert 'none' in text and 'goes on from here' in text and 'Traceback' not in text and 'Warning' not in text, text
     assert (tmp_path/'comparison.png').exists() and len(pd.read_csv(tmp_path/'results.csv'))>=3
     p = start_compare(tmp_path)
-    assert 'half_mhe' in p.communicate(timeout=300)[0] and p.returncode==0
+    text = p.communicate(timeout=300)[0]
+    assert 'half_mhe' in text and f'{len(kept)} of 16 runs are recorded already' in text and p.returncode==0
     files = {f.name:f.stat().st_mtime_ns for f in tmp_path.glob('runs/*.json')}
     assert len(files)==16 and all(files[k]==v for k,v in kept.items())
 

@@ -119,7 +119,8 @@ def hyperspherical_energy(
 )->Tensor: # scalar of float32 (float64 for such input): mean energy of a pair
     "Compute the hyperspherical energy of neurons; raise a `ValueError` for wrong shapes or options (Liu 2018, eq. 1)."
     if w.ndim not in (2,3) or w.shape[-2]<2 or not w.is_floating_point():
-        raise ValueError(f"w has shape {tuple(w.shape)} and type {w.dtype}: give floats (n,d) or (g,n,d) with n>=2")
+        raise ValueError(f"w has shape {tuple(w.shape)} and type {w.dtype}: give floats (n,d) or (g,n,d) with n>=2, "
+            "such as phantom_nb.core.weight_view(layer)")
     _check_number('s', s, lambda v: 0<=v<=10, "a power in [0, 10]; larger ones overflow float32 when neurons are close")
     _check_number('eps', eps, lambda v: v>=0, "a number >= 0")
     options,w = (s,half_space,angular,eps),w if w.ndim==3 else w[None]
