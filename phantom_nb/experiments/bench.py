@@ -10,7 +10,6 @@ import resource, subprocess, sys
 from pathlib import Path
 
 import pandas as pd, torch
-from torch.utils.benchmark import Timer
 
 from .runner import provenance, write_rows
 from ..regularizers.hyperspherical import hyperspherical_energy
@@ -34,6 +33,7 @@ def best_seconds(
     seconds:float=2. # how long to repeat it
 )->float: # fastest repetition, in seconds
     "Time a function with PyTorch's benchmark timer, on as many threads as PyTorch uses."
+    from torch.utils.benchmark import Timer # here, since importing it warns where CUDA's tools are installed without a GPU
     timer = Timer('f()', globals=dict(f=f), num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=seconds).times)
 
