@@ -33,7 +33,7 @@ def best_seconds(
     seconds:float=2. # how long to repeat it
 )->float: # fastest repetition, in seconds
     "Time a function with PyTorch's benchmark timer, on as many threads as PyTorch uses."
-    from torch.utils.benchmark import Timer # here, since importing it warns where CUDA's tools are installed without a GPU
+    from torch.utils.benchmark import Timer # its import warns where CUDA is installed without a GPU
     timer = Timer('f()', globals=dict(f=f), num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=seconds).times)
 
