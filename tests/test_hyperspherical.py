@@ -47,7 +47,7 @@ def test_against_a_loop(n, d, form, seed):
 @pytest.mark.parametrize('d', [12, 600], ids=['gradient', 'matrix'])
 @pytest.mark.parametrize('form', FORMS, ids=str)
 def test_panels_agree_with_autograd(form, d):
-    "600 neurons make three panels, whether the gradient or M is kept; the plain differentiable formula is the oracle"
+    "600 neurons make four panels, whether the gradient or M is kept; the plain differentiable formula is the oracle"
     w = torch.randn(600, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
     x = torch.cat([w,-w]) if form['half_space'] else w
     x = x/(x.square().sum(1, keepdim=True)+1e-4).sqrt()

@@ -29,13 +29,15 @@ def plain_energy(
 
 # %% ../../nbs/experiments/bench.ipynb #4d560f95
 def best_seconds(
-    f, # function without arguments
-    seconds:float=2. # how long to repeat it
-)->float: # fastest repetition, in seconds
-    "Time a function with PyTorch's benchmark timer, on as many threads as PyTorch uses."
+    *fs, # functions without arguments
+    seconds:float=2., # how long to repeat each
+    rounds:int=5 # turns that each gets
+)->list: # fastest repetition of each, in seconds
+    "Time functions in turns with PyTorch's benchmark timer, on as many threads as PyTorch uses."
     from torch.utils.benchmark import Timer # its import warns where CUDA is installed without a GPU
-    timer = Timer('f()', globals=dict(f=f), num_threads=torch.get_num_threads())
-    return min(timer.blocked_autorange(min_run_time=seconds).times)
+    timers = [Timer('f()', globals=dict(f=f), num_threads=torch.get_num_threads()) for f in fs]
+    turns = [[min(t.blocked_autorange(min_run_time=seconds/rounds).times) for t in timers] for _ in range(rounds)]
+    return [min(o) for o in zip(*turns)]
 
 # %% ../../nbs/experiments/bench.ipynb #b29cff22
 def _peak_bytes(device):
@@ -59,8 +61,8 @@ def _energy_row(n, d, device, seconds):
     "Forward and backward of both programs at one size"
     w = torch.randn(n, d, device=device, requires_grad=True)
     def run(f, **kw): return lambda: torch.autograd.grad(f(w, eps=1e-4, **kw), w)
-    plain = best_seconds(run(plain_energy), seconds)
-    ours = best_seconds(run(hyperspherical_energy, half_space=True), seconds)
+    fs = run(plain_energy),run(hyperspherical_energy, half_space=True)
+    plain,ours = best_seconds(*fs, seconds=seconds)
     return dict(n=n, d=d, plain_ms=1e3*plain, ours_ms=1e3*ours, speedup=plain/ours)
 
 def bench_energy(

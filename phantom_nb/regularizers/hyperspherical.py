@@ -14,19 +14,17 @@ from torch.nn import functional as F
 from ..core import Regularizer, _check_number, select_layers, weight_view
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #41986678
-def _kernel(u, s):
-    "f_s at squared distance `u`, and its derivative in `u`"
+def _kernel(u, s, c=1):
+    "f_s at squared distance `u`, and `c` times its derivative in `u`"
     floor = 8*torch.finfo(u.dtype).eps
     r = u.clamp_min(floor).reciprocal_()
     f = r if s==2 else r.sqrt() if s==1 else r.log()/2 if s==0 else r**(s/2)
     force = F.threshold(u, floor, math.inf).reciprocal_() # 1/u, and 0 where u is capped
-    return f, force*-.5 if s==0 else (f*force).mul_(-s/2)
+    return f, force*(-c/2) if s==0 else (f*force).mul_(-c*s/2)
 
 def _phi(g, s, angular, eps):
     "Energy of a pair with cosine `g` and its derivative in `g` (eq. 3)"
-    if not angular:
-        f,df = _kernel(2-2*g, s)
-        return f, df.mul_(-2)
+    if not angular: return _kernel(2-2*g, s, -2)
     lim = 1 - 4*torch.finfo(g.dtype).eps
     c = g.clamp(-lim, lim)
     t = c.acos()/math.pi + eps
@@ -36,58 +34,62 @@ def _phi(g, s, angular, eps):
 def _psi(g, s, half_space, angular, eps):
     "Pair term of the full or the half space and its derivative in `g` (eq. 4, 5)"
     if half_space and s==2 and not angular:
-        f,df = _kernel(torch.addcmul(g.new_ones(()), g, g, value=-1), 2)
-        return f, df.mul_(g).mul_(-2)
+        f,df = _kernel(torch.addcmul(g.new_ones(()), g, g, value=-1), 2, -2)
+        return f, df.mul_(g)
     f,df = _phi(g, s, angular, eps)
     if not half_space: return f,df
     m,dm = _phi(-g, s, angular, eps)
     return f+m, df-dm
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #b32cd73b
-def _panel(w, r, i, j, form):
-    "Pair terms of rows i:j with columns i:, their derivative and their cosines, all (g,j-i,n-i)"
-    g = (w[:,i:j]@w[:,i:].mT).mul_(r[:,i:j]).mul_(r[:,i:].mT)
-    g.diagonal(dim1=-2, dim2=-1).zero_()
-    f,df = _psi(g, *form)
-    df.diagonal(dim1=-2, dim2=-1).zero_()
-    return f,df,g
-
-def _collect(out, row_sum, df, g, w, r, i, j, scale):
-    "Put a panel and its mirror image into M or into the gradient, and its row sums into `row_sum` (eq. 7)"
-    c = df*g
-    row_sum[:,i:j] += c.sum(-1, keepdim=True)
-    row_sum[:,j:] += c[...,j-i:].sum(-2)[...,None]
-    m = (df*(scale*r[:,i:j])).mul_(r[:,i:].mT)
-    if w.shape[1]>w.shape[2]:
-        out[:,i:j].baddbmm_(m, w[:,i:])
-        out[:,j:].baddbmm_(m[...,j-i:].mT, w[:,i:j])
-    else: out[:,i:j,i:],out[:,j:,i:j] = m,m[...,j-i:].mT
-
-# %% ../../nbs/regularizers/hyperspherical.ipynb #e378b846
-def _energy_grad(w, s, half_space, angular, eps, grad=True):
-    "Energy of `w (g,n,d)`, mean over groups, and M `(g,n,n)` if n<=d, else the gradient `(g,n,d)` (eq. 4, 7)"
-    n,form = w.shape[1],(s,half_space,angular,eps)
-    q = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square()
-    r,z = (q+eps).rsqrt().masked_fill(q==0, 0),q.numel()*(2*n-1 if half_space else n-1)
-    rows = 256 if w.device.type=='cpu' else max(256, 2**23//n)
-    total,row_sum,out = -q.numel()*_psi(w.new_zeros(()), *form)[0],torch.zeros_like(q),None
-    if grad: out = torch.zeros_like(w) if n>w.shape[2] else w.new_empty(len(w), n, n)
+def _panels(w, r, form):
+    "Rows i:j with columns i: of the pair terms, their derivative D and the cosines, each (g,j-i,n-i); `w` is normed if `r` is None"
+    n = w.shape[1]
+    rows = 192 if w.device.type=='cpu' else max(256, 2**23//n)
     for i in range(0, n, rows):
         j = min(i+rows, n)
-        f,df,g = _panel(w, r, i, j, form)
+        g = w[:,i:j]@w[:,i:].mT
+        if r is not None: g.mul_(r[:,i:j]).mul_(r[:,i:].mT)
+        g.diagonal(dim1=-2, dim2=-1).zero_()
+        f,df = _psi(g, *form)
+        df.diagonal(dim1=-2, dim2=-1).zero_()
+        yield i,j,f,df,g
+
+def _multiply(v, x, df, i, j):
+    "Add a panel's part, and its mirror image's, to D times `x`"
+    v[:,i:j].baddbmm_(df, x[:,i:])
+    v[:,j:].baddbmm_(df[...,j-i:].mT, x[:,i:j])
+
+def _keep(m, rho, df, g, i, j):
+    "Put a panel and its mirror image into D, and their row sums into rho (eq. 7)"
+    m[:,i:j,i:],m[:,j:,i:j] = df,df[...,j-i:].mT
+    c = df*g
+    rho[:,i:j] += c.sum(-1, keepdim=True)
+    rho[:,j:] += c[...,j-i:].sum(-2)[...,None]
+
+# %% ../../nbs/regularizers/hyperspherical.ipynb #925bdc54
+def _energy_grad(w, s, half_space, angular, eps, grad=True):
+    "Energy of `w (g,n,d)`, mean over groups, and M `(g,n,n)` if n<=d, else the gradient `(g,n,d)` (eq. 4, 7)"
+    n,form,keep = w.shape[1],(s,half_space,angular,eps),w.shape[1]<=w.shape[2]
+    q = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square()
+    r,z = (q+eps).rsqrt().masked_fill(q==0, 0),q.numel()*(2*n-1 if half_space else n-1)
+    x,total,rho = w if keep else w*r,-q.numel()*_psi(w.new_zeros(()), *form)[0],torch.zeros_like(q)
+    out = (w.new_empty(len(w), n, n) if keep else torch.zeros_like(w)) if grad else None
+    for i,j,f,df,g in _panels(x, r if keep else None, form):
         total = total + 2*f.sum() - f[...,:j-i].sum()
-        if grad: _collect(out, row_sum, df, g, w, r, i, j, 2/z)
+        if grad and keep: _keep(out, rho, df, g, i, j)
+        elif grad: _multiply(out, x, df, i, j)
+    if grad and not keep: rho = (out*x).sum(-1, keepdim=True)
     if half_space:
         c = q*r*r
         f,df = _phi(-c, s, angular, eps)
-        total,row_sum = total+f.sum(),row_sum+df*(1-c)
+        total,rho = total+f.sum(),rho+df*(1-c)
     if not grad: return total/z, None
-    diagonal = row_sum*r*r*(-2/z)
-    if n>w.shape[2]: return total/z, out.addcmul_(diagonal, w)
-    out.diagonal(dim1=-2, dim2=-1).copy_(diagonal[...,0])
-    return total/z, out
+    if not keep: return total/z, torch.addcmul(out, rho, x, value=-1)*(r*(2/z))
+    out.diagonal(dim1=-2, dim2=-1).copy_(-rho[...,0])
+    return total/z, out.mul_(r*(2/z)).mul_(r.mT)
 
-# %% ../../nbs/regularizers/hyperspherical.ipynb #13f50128
+# %% ../../nbs/regularizers/hyperspherical.ipynb #e378b846
 def _wide(w): return w if w.dtype==torch.float64 else w.float()
 
 class _Energy(torch.autograd.Function):
