@@ -43,7 +43,7 @@ def _psi(g, s, half_space, angular, eps):
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #b32cd73b
 def _panels(w, r, form):
-    "Rows i:j with columns i: of the pair terms, their derivative D and the cosines, each (g,j-i,n-i); `w` is normed if `r` is None"
+    "Rows i:j with columns i: of the pair terms, of D and of g, each (g,j-i,n-i); `w` is normed if `r` is None"
     n = w.shape[1]
     rows = 192 if w.device.type=='cpu' else max(256, 2**23//n)
     for i in range(0, n, rows):
