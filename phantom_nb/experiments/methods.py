@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Pieces', 'Method', 'one_of', 'full_settings', 'make_method']
 
 # %% ../../nbs/experiments/methods.ipynb #6668f243
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from fastai.callback.mixup import MixUp
@@ -29,20 +29,23 @@ class Method:
     about:str # one line, with its source
     defaults:dict # setting -> default value
     make:object # function of the settings that returns `Pieces`
+    space:dict = field(default_factory=dict) # setting -> (low, high, 'log' or 'linear'), where tuning looks
 
 # %% ../../nbs/experiments/methods.ipynb #b73ebf38
 METHODS = dict( # chkstyle: ignore-node
     none=Method("plain training", {}, lambda: Pieces()),
-    weight_decay=Method("decoupled weight decay (Loshchilov and Hutter 2019)", dict(wd=.1), lambda wd: Pieces(wd=wd)),
-    dropout=Method("dropout before the classifier (Srivastava et al. 2014)", dict(p=.5), lambda p: Pieces(dropout=p)),
+    weight_decay=Method("decoupled weight decay (Loshchilov and Hutter 2019)", dict(wd=.1), lambda wd: Pieces(wd=wd),
+        dict(wd=(1e-3, 1., 'log'))),
+    dropout=Method("dropout before the classifier (Srivastava et al. 2014)", dict(p=.5), lambda p: Pieces(dropout=p),
+        dict(p=(.1, .8, 'linear'))),
     label_smoothing=Method("soft targets (Szegedy et al. 2016)", dict(eps=.1),
-        lambda eps: Pieces(loss_func=LabelSmoothingCrossEntropyFlat(eps=eps))),
+        lambda eps: Pieces(loss_func=LabelSmoothingCrossEntropyFlat(eps=eps)), dict(eps=(.01, .4, 'log'))),
     mixup=Method("convex pairs of images and labels (Zhang et al. 2018)", dict(alpha=.4),
-        lambda alpha: Pieces((MixUp(alpha),))),
+        lambda alpha: Pieces((MixUp(alpha),)), dict(alpha=(.05, 2., 'log'))),
     mhe=Method("hyperspherical energy of all layers (Liu et al. 2018)", dict(lam=1., s=2.),
-        lambda **kw: Pieces((MHE.paper(**kw),))),
+        lambda **kw: Pieces((MHE.paper(**kw),)), dict(lam=(.01, 100., 'log'))),
     half_mhe=Method("the same, half-space in hidden layers (Liu et al. 2018)", dict(lam=1., s=2.),
-        lambda **kw: Pieces((MHE.paper(half_space=True, **kw),))))
+        lambda **kw: Pieces((MHE.paper(half_space=True, **kw),)), dict(lam=(.01, 100., 'log'))))
 
 # %% ../../nbs/experiments/methods.ipynb #62d72e06
 def one_of(
