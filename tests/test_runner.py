@@ -76,17 +76,17 @@ def test_evaluate_against_by_hand():
 
 def test_recorded_run_is_not_run_again(tmp_path):
     run_one(QUICK, tmp_path)
-    file, = tmp_path.iterdir()
+    file, = tmp_path.glob('*.json')
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(accuracy=.123)))
     assert run_one(QUICK, tmp_path)['accuracy']==.123
-    assert len(run_many([QUICK, QUICK], jobs=1, store=tmp_path))==2 and len(list(tmp_path.iterdir()))==1
+    assert len(run_many([QUICK, QUICK], jobs=1, store=tmp_path))==2 and len(list(tmp_path.glob('*.json')))==1 and not list(tmp_path.glob('.work/*'))
 
 def test_failed_and_diverged_runs_are_recorded_and_stop_nobody(tmp_path):
     specs = [replace(QUICK, model='cnn9'), replace(QUICK, lr=1e30), QUICK]
     df = run_many(specs, jobs=1, store=tmp_path)
     assert list(df.status)==['failed','diverged','done'] and '8×8' in df.error[0]
     assert len(load_results(tmp_path))==3 and load_results(tmp_path).accuracy.notna().sum()>=1
-    for p in tmp_path.iterdir(): json.loads(p.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    for p in tmp_path.glob('*.json'): json.loads(p.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
 
 def test_time_budget_starts_no_further_run(tmp_path):
     assert len(run_many([replace(QUICK, seed=s) for s in range(50)], jobs=1, time_budget=.5, store=tmp_path)) < 50

@@ -138,7 +138,7 @@ def write_atomic(
     content:str|bytes # all of it
 ):
     "Write a file so that it is there whole or not at all."
-    path,data = Path(path),content if isinstance(content, bytes) else content.encode()
+    path,data = Path(path),content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile('wb', dir=path.parent, prefix='.', delete=False) as f: f.write(data)
     os.chmod(f.name, 0o644)
@@ -166,6 +166,7 @@ class Checkpoint(Callback):
         deadline:float=math.inf # Unix time (seconds)
     ):
         self.path,self.deadline,self.state,self.paused,self.since = Path(path),deadline,None,False,time.perf_counter()
+        self.start,self.resumed = 0,[]
 
     def seconds(self)->float: # spent training, all sittings together
         "Time the training."
@@ -176,7 +177,8 @@ class Checkpoint(Callback):
         if done<=self.start or done==self.n_epoch: return
         regs = [(cb.state_dict(), cb.steps, cb.records) for cb in self.learn.cbs.filter(risinstance(Regularizer))]
         state = dict(epoch=done, model=self.model.state_dict(), regs=regs, chance=_chance(),
-            opt={k:list(v) for k,v in self.opt.state_dict().items()}, passes=self.dls.train.epoch, seconds=self.seconds())
+            opt={k:list(v) for k,v in self.opt.state_dict().items()}, passes=self.dls.train.epoch, seconds=self.seconds(),
+            resumed=self.resumed)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.path, buffer.getvalue())
@@ -190,7 +192,6 @@ def resume(self:Checkpoint,
 )->int: # epochs that are done already
     "Load what is there into `learn`, and make this callback part of it."
     learn.add_cb(self)
-    self.start = 0
     if not self.path.exists(): return 0
     self.state = torch.load(self.path, map_location=learn.dls.device, weights_only=True)
     learn.create_opt()
@@ -198,6 +199,7 @@ def resume(self:Checkpoint,
     learn.opt.load_state_dict(self.state['opt'])
     for cb,(own,*_) in zip(learn.cbs.filter(risinstance(Regularizer)), self.state['regs']): cb.load_state_dict(own)
     self.start = self.state['epoch']
+    self.resumed = self.state['resumed'] + [self.start]
     return self.start
 
 @patch
@@ -229,6 +231,7 @@ def _train(run, root, device, checkpoint):
     if checkpoint.paused: return 'paused', {}, learn.dls.device
     out = _measure(learn, run)
     done = learn.epoch==run.epochs-1 and math.isfinite(out['train_loss'])
+    if checkpoint.resumed: out['resumed'] = checkpoint.resumed
     return ('done' if done else 'diverged'), dict(seconds=seconds, **out), learn.dls.device
 
 # %% ../../nbs/experiments/runner.ipynb #c18e5e9b

@@ -1,0 +1,174 @@
+"Runs that are stopped, killed, shared and spread: nothing is lost, and the numbers are those of an undisturbed run"
+import json, os, shutil, signal, subprocess, sys, threading, time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import joblib, pytest, torch
+from filelock import FileLock
+
+from phantom_nb.experiments.methods import METHODS
+from phantom_nb.experiments.runner import Run, load_results, run_many, run_one, train_run
+
+ROOT = Path(__file__).parent.parent
+QUICK = Run(epochs=3, n_train=40)
+LONG = Run(epochs=60, n_train=200, method='half_mhe')
+NUMBERS = 'accuracy loss train_accuracy train_loss penalty share'.split()
+
+def numbers(row): return {k:row.get(k) for k in NUMBERS}
+
+@pytest.mark.parametrize('spec', [*({'method':o} for o in METHODS), dict(augment=True, opt='sgd', schedule='flat_cos'), dict(precision='bf16')], ids=str)
+def test_stopped_after_every_epoch_equals_undisturbed(spec, tmp_path):
+    run = replace(QUICK, seed=2, **spec)
+    whole = train_run(run)
+    rows = [run_one(run, tmp_path, deadline=time.time()+.001) for _ in range(run.epochs-1)]
+    assert rows==[None]*(run.epochs-1) and not list(tmp_path.glob('*.json')) and list(tmp_path.glob('.work/*.pth'))
+    row = run_one(run, tmp_path)
+    assert whole['status']==row['status']=='done' and numbers(row)==numbers(whole) and row['resumed']==[1,2]
+    assert row['seconds']>0 and not list(tmp_path.glob('.work/*'))
+
+def test_time_budget_ends_between_epochs_and_goes_on(tmp_path):
+    run = replace(LONG, epochs=400)
+    start = time.time()
+    assert run_many([run], jobs=1, time_budget=2, store=tmp_path).empty
+    assert time.time()-start < 20
+    state = torch.load(next(tmp_path.glob('.work/*.pth')), weights_only=True)
+    assert 0 < state['epoch'] < 400
+    assert run_many([run], jobs=1, time_budget=0, store=tmp_path).empty # no epoch without time
+
+SCRIPT = '''
+import sys
+from phantom_nb.experiments.runner import Run, run_many
+if __name__=='__main__':
+    specs = [Run(epochs=60, n_train=200, method='half_mhe', seed=i) for i in range(4)]
+    run_many(specs, engine=sys.argv[1], jobs=2, store=sys.argv[2], on_row=lambda r: print(r['seed'], flush=True))
+    print('end', flush=True)
+'''
+
+def start(engine, store):
+    env = {**os.environ, 'PYTHONPATH':str(ROOT), 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO':'0'}
+    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SCRIPT, engine, str(store)], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True)
+
+def in_hand(store, seconds=180):
+    "Epochs that are safe of the runs in hand, as soon as one is underway and one run is recorded"
+    end = time.time()+seconds
+    while time.time()<end:
+        found = {}
+        for p in store.glob('.work/*.pth'):
+            try: found[p.stem] = torch.load(p, weights_only=True)['epoch']
+            except FileNotFoundError: continue # recorded meanwhile
+        if found and list(store.glob('*.json')) and 5<max(found.values())<45: return found
+        time.sleep(.02)
+    raise AssertionError("no run gets on")
+
+def descendants(pid):
+    "Processes below `pid`, from Linux's /proc"
+    parents = {}
+    for p in Path('/proc').glob('[0-9]*'):
+        try: parents.setdefault(int((p/'stat').read_text().rsplit(')', 1)[1].split()[1]), []).append(int(p.name))
+        except (FileNotFoundError, ProcessLookupError): continue
+    def below(i): return [k for j in parents.get(i, []) for k in (j, *below(j))]
+    return below(pid)
+
+def is_worker(pid):
+    try: cmd = Path(f'/proc/{pid}/cmdline').read_bytes()
+    except FileNotFoundError: return False
+    return b'loky.backend.popen' in cmd or cmd.startswith(b'ray::_call')
+
+def check(store, whole, before, kept):
+    df = load_results(store)
+    assert len(df)==4 and set(df.status)=={'done'} and dict(zip(df.seed, df.accuracy))==whole
+    assert {p.name for p in store.glob('*.json')} >= set(kept) and all((store/k).stat().st_mtime_ns==v for k,v in kept.items())
+    for stem,epoch in before.items():
+        row = json.loads((store/f'{stem}.json').read_text())
+        assert row['resumed'] and row['resumed'][0]>=epoch, f"{stem}: {epoch} epochs were safe, taken up at {row['resumed']}"
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "Accuracy by seed, undisturbed"
+    df = run_many([replace(LONG, seed=i) for i in range(4)], jobs=2, store=tmp_path_factory.mktemp('whole'))
+    return dict(zip(df.seed, df.accuracy))
+
+@pytest.mark.skipif(sys.platform!='linux', reason="finds workers through /proc")
+@pytest.mark.parametrize('engine', ['local','ray'])
+def test_killed_worker_loses_its_last_epoch_at_most(engine, whole, tmp_path):
+    if engine=='ray': pytest.importorskip('ray')
+    p = start(engine, tmp_path)
+    before = in_hand(tmp_path)
+    kept = {f.name:f.stat().st_mtime_ns for f in tmp_path.glob('*.json')}
+    workers = [o for o in descendants(p.pid) if is_worker(o)]
+    assert workers, "no worker process is found"
+    for o in workers: os.kill(o, signal.SIGKILL)
+    text = p.communicate(timeout=300)[0]
+    assert p.returncode==0 and text.rstrip().endswith('end'), text
+    check(tmp_path, whole, before, kept)
+
+@pytest.mark.parametrize('engine', ['local'])
+def test_killed_altogether_goes_on(engine, whole, tmp_path):
+    p = start(engine, tmp_path)
+    before = in_hand(tmp_path)
+    kept = {f.name:f.stat().st_mtime_ns for f in tmp_path.glob('*.json')}
+    for o in descendants(p.pid): os.kill(o, signal.SIGKILL)
+    p.kill()
+    p.wait()
+    text = start(engine, tmp_path).communicate(timeout=300)[0]
+    assert text.rstrip().endswith('end'), text
+    check(tmp_path, whole, before, kept)
+
+def test_ray_gives_the_rows_of_local(tmp_path):
+    pytest.importorskip('ray')
+    specs = [replace(QUICK, seed=i) for i in range(2)] + [replace(QUICK, model='cnn9')]
+    a,b = [run_many(specs, engine=e, jobs=2, store=tmp_path/e).set_index('key').sort_index() for e in ('local','ray')]
+    assert list(a.status)==list(b.status) and sorted(a.status)==['done','done','failed']
+    assert a[['accuracy','loss','train_loss']].equals(b[['accuracy','loss','train_loss']])
+    assert len(list((tmp_path/'ray').glob('*.json')))==3
+
+def test_a_run_in_other_hands_is_passed_over_and_waited_for(tmp_path):
+    a,b = [replace(QUICK, seed=i) for i in range(2)]
+    (tmp_path/'.work').mkdir()
+    lock = FileLock(tmp_path/'.work'/f'{a.method}-{a.seed}-{a.key}.lock')
+    order = []
+    with lock:
+        assert run_one(a, tmp_path, wait=False) is None
+        assert list(run_many([a, b], jobs=1, store=tmp_path, time_budget=4).seed)==[1]
+    lock.acquire()
+    def finish(): # the other process records the run, then lets go
+        time.sleep(1.)
+        row = train_run(a) | dict(accuracy=.5)
+        (tmp_path/f'{a.method}-{a.seed}-{a.key}.json').write_text(json.dumps(row))
+        lock.release()
+    other = FileLock(lock.lock_file, thread_local=False)
+    t = threading.Timer(0, finish)
+    lock.release()
+    lock = other
+    lock.acquire()
+    t.start()
+    df = run_many([a, b], jobs=1, store=tmp_path, on_row=lambda r: order.append(r['seed']))
+    t.join()
+    assert order==[1,0] and dict(zip(df.seed, df.accuracy))[0]==.5
+
+@pytest.mark.skipif(joblib.cpu_count()<2, reason="needs two cores")
+def test_two_jobs_are_not_slower_than_one_after_the_other(tmp_path):
+    "Threads are shared out: without that, two jobs on two cores fight for them"
+    def seconds(jobs, tag):
+        specs = [Run(experiment=tag, epochs=40, seed=i) for i in range(4)]
+        start = time.perf_counter()
+        run_many(specs, jobs=jobs, store=tmp_path/tag)
+        return time.perf_counter()-start
+    for j in (1,2): seconds(j, f'warm{j}')
+    best = {j:min(seconds(j, f'{j}-{i}') for i in range(2)) for j in (1,2)}
+    assert best[2] < 1.15*best[1], best
+
+@pytest.mark.skipif(not shutil.which('g++'), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize('method', ['none','half_mhe'])
+def test_compiled_run_agrees(method):
+    run = replace(QUICK, method=method)
+    a,b = train_run(run),train_run(replace(run, compile=True))
+    assert b['status']=='done', b.get('error')
+    assert abs(a['train_loss']-b['train_loss']) < 1e-3*a['train_loss']
+
+def test_recorded_rows_keep_their_keys():
+    "A new field, or a default that changes, must not rename what is recorded"
+    rows = [json.loads(o) for p in (ROOT/'results').glob('*.jsonl') for o in p.read_text().splitlines() if '"key"' in o]
+    assert len(rows)>=70
+    for r in rows: assert Run(**{f.name:r[f.name] for f in fields(Run) if f.name in r}).key==r['key']
