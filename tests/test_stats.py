@@ -195,6 +195,15 @@ def test_bootstrap_intervals_leave_the_verdict_alone():
     assert (t.verdict==b.verdict).all() and (t.dropna().diff_low!=b.dropna().diff_low).all()
 
 
+def test_a_setting_may_be_what_is_compared():
+    df = frame().assign(lam=lambda d: d.method.map(dict(none=0., up=.1, down=1., noisy=10.)))
+    t = comparison(df, by='lam', baseline=0.)
+    assert verdict(t).startswith('Best against 0.0: 0.1, +5.0 points') and 'vs 0.0, points' in as_markdown(t) and '0.1 ' in printed(t)
+    t = comparisons(df.assign(data='x'), over='data', by='lam', baseline=0.)
+    assert verdict(t).startswith('x: Best against 0.0: 0.1') and set(tick_names(plot_comparisons(t)[0,0]).values())=={'0.1','1.0','10.0'}
+    plt.close('all')
+
+
 # Many comparisons
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def smallest_detectable(
 )->float: # difference in the unit of `sd`, > 0; NaN for fewer than two seeds or no spread
     "Solve for the true difference that a two-sided paired t test shows with this power (Cohen 1988, ch. 2)."
     _check_share(level=level, power=power)
-    if not power>(1-level)/2: raise ValueError(f"power={power}: give more than {(1-level)/2:g}, the share of pure chance")
+    if not power>(1-level)/2: raise ValueError(f"power={power}: give more than {(1-level)/2:g}, as chance does")
     return _noncentrality(n, level, power)*sd/np.sqrt(n) if n>=2 and sd>0 else np.nan
 
 # %% ../../nbs/experiments/stats.ipynb #79f7b834
@@ -194,13 +194,14 @@ def _unit(table):
     "Factor, format, unit of a level and of a difference"
     return (100, '.1f', ', %', ' points') if _about(table)['metric'].endswith('accuracy') else (1, '.3f', '', '')
 
-def _against(table): return _about(table)['baseline'] + f',{_unit(table)[3]}'*bool(_unit(table)[3])
+def _against(table): return ','.join(filter(None, (str(_about(table)['baseline']), _unit(table)[3])))
 
 def _span(m, lo, hi, fmt='.1f', unit=''):
     "A number with its interval"
     if pd.isna(m): return '-'
     return f"{m:{fmt}}{unit}" + ('' if pd.isna(lo) else f" [{lo:{fmt}}, {hi:{fmt}}]")
 
+# %% ../../nbs/experiments/stats.ipynb #66677cff
 def _power_words(t):
     "What the seeds could have shown of these methods"
     (k,fmt,_,unit),t = _unit(t),t.dropna(subset='detectable').sort_values('detectable')
@@ -211,7 +212,6 @@ def _power_words(t):
     size = f"{lo}{unit} or more" if lo==hi else f"{lo}{unit} ({t.index[0]}) to {hi} ({t.index[-1]}) or more"
     return f" {n} seeds could have shown {size}{f'; with fewer seeds: '*bool(len(few))}{', '.join(map(str, few))}."
 
-# %% ../../nbs/experiments/stats.ipynb #66677cff
 def verdict(
     table:pd.DataFrame # as `comparison` or `comparisons` gives
 )->str: # one to three sentences, a line for each comparison
