@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'app', 'Data', 'NTrain', 'Methods', 'Seeds', 'Epochs', 'Model', 'Augment', 'Out', 'Root', 'Jobs', 'Name',
-           'Download', 'Bench', 'Kept', 'comparison_runs', 'report', 'as_table', 'compare', 'show_comparison',
-           'data_command', 'bench', 'main']
+           'Download', 'Bench', 'Kept', 'comparison_runs', 'report', 'compare', 'show_comparison', 'data_command',
+           'bench', 'main']
 
 # %% ../nbs/cli.ipynb #f5084323
 import sys
@@ -22,7 +22,7 @@ from .data import DATASETS, available, load_dataset
 from .experiments.bench import BENCHES, save_bench
 from .experiments.methods import METHODS, one_of
 from .experiments.runner import Run, load_results, make_learner, run_many, write_atomic
-from .experiments.stats import comparison, plot_comparison, verdict
+from .experiments.stats import as_rich, comparison, plot_comparison, verdict
 from .models import MODELS
 
 # %% ../nbs/cli.ipynb #d430f3b8
@@ -55,31 +55,11 @@ def report(
     folder,done = Path(folder),df[df.status=='done']
     write_atomic(folder/'results.csv', df.sort_values(['method','seed']).to_csv(index=False))
     if not len(done): return None
-    table = comparison(done)
+    table = comparison(df)
     axs = plot_comparison(table, _title(run))
     axs[0].figure.savefig(folder/'comparison.png', dpi=150)
     plt.close(axs[0].figure)
     return table
-
-# %% ../nbs/cli.ipynb #ba7cb7b0
-def _span(m, lo, hi, sign=''):
-    "A percentage with its interval"
-    if pd.isna(m): return '-'
-    return f"{100*m:{sign}.1f}" + ('' if pd.isna(lo) else f" [{100*lo:{sign}.1f}, {100*hi:{sign}.1f}]")
-
-def as_table(
-    table:pd.DataFrame, # as `comparison` gives
-    title:str='' # above the table
-)->Table: # for a `rich` console
-    "Lay out a comparison for the terminal."
-    res = Table('method', title=title, box=SIMPLE, pad_edge=False, collapse_padding=True)
-    heads = 'test accuracy, %', 'vs none, points', 'gap', 'seconds', 'runs'
-    for o in heads: res.add_column(o, justify='right', no_wrap=True)
-    for m,r in table.iterrows():
-        colour = 'green' if r.diff_low>0 else 'red' if r.diff_high<0 else 'default'
-        diff = f"[{colour}]{_span(r['diff'], r.diff_low, r.diff_high, '+')}[/]"
-        res.add_row(m, _span(r.accuracy, r.low, r.high), diff, f"{100*r.gap:.1f}", f"{r.seconds:.1f}", f"{r.runs:.0f}")
-    return res
 
 # %% ../nbs/cli.ipynb #986222c2
 class _Watch:
@@ -149,13 +129,14 @@ def show_comparison(
     if not len(df): return console.print(f"No run is finished yet in {out}.")
     table = report(df, out, runs[0])
     if table is not None:
-        console.print(as_table(table, _title(runs[0])))
+        console.print(as_rich(table, _title(runs[0])))
         console.print(verdict(table), highlight=False)
-        console.print("95% intervals; differences are paired by seed; gap: training minus test.", style='dim')
+        console.print("95% intervals, one by one; shown: verdicts on all methods at once (Holm); differences are "
+            "paired by seed; gap: training minus test.", style='dim')
     if len(df)<len(runs): console.print(f"{len(df)} of {len(runs)} runs are in.")
     bad = df[df.status!='done']
     why = ', '.join(sorted(set(bad.status)))
-    if len(bad): console.print(f"{len(bad)} of {len(df)} runs did not finish ({why}); they are left out above.")
+    if len(bad): console.print(f"{len(bad)} of {len(df)} runs did not finish ({why}); they are left out of the means.")
     console.print(f"Rows: {out/'results.csv'}   picture: {out/'comparison.png'}", soft_wrap=True, highlight=False)
 
 # %% ../nbs/cli.ipynb #256c41bf

@@ -4,14 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
-from scipy import stats
 from torch import nn
 
 from phantom_nb import cli
 from phantom_nb.experiments import runner
 from phantom_nb.experiments.methods import METHODS, make_method
 from phantom_nb.experiments.runner import Run, evaluate, load_results, make_learner, run_many, run_one, save_results, write_atomic
-from phantom_nb.experiments.stats import comparison, mean_interval, paired_difference, plot_comparison, verdict
 
 QUICK = Run(epochs=2, n_train=40)
 
@@ -152,40 +150,3 @@ def test_command_line_refuses_with_a_sentence(args, what, tmp_path, capsys, monk
     err = ' '.join(capsys.readouterr().err.split())
     assert e.value.code==2 and what in err and 'Traceback' not in err
     assert not (tmp_path/'compare').exists()
-
-
-def test_intervals_against_scipy():
-    rng = np.random.default_rng(0)
-    x,y = rng.normal(size=(2,6))
-    m,lo,hi = mean_interval(x)
-    assert np.allclose((lo,hi), stats.t.interval(.95, 5, loc=x.mean(), scale=stats.sem(x))) and m==x.mean()
-    assert np.allclose(paired_difference(pd.Series(x), pd.Series(y))[1:], stats.ttest_rel(x, y).confidence_interval(.95))
-    assert np.isnan(mean_interval([1.])[1:]).all() and mean_interval([1.])[0]==1
-
-def test_pairing_by_seed_not_by_position():
-    a,b = pd.Series([.9,.8,.7], index=[0,1,2]),pd.Series([.6,.5], index=[2,1])
-    assert np.isclose(paired_difference(a, b)[0], ((.8-.5)+(.7-.6))/2)
-    with pytest.raises(ValueError, match='seed 1 occurs twice'): paired_difference(pd.Series([1,2], index=[1,1]), b)
-
-def test_comparison_without_its_baseline():
-    df = pd.DataFrame(dict(method='mhe', seed=[0,1], accuracy=[.5,.6], train_accuracy=1., seconds=1.))
-    assert np.isnan(comparison(df)['diff']).all()
-
-def test_verdict_says_better_only_when_the_interval_clears_zero():
-    seeds = dict(seed=range(4), train_accuracy=1., seconds=1.)
-    luck = np.array([.5,.6,.4,.7])
-    runs = dict(none=luck, up=luck+[.05,.06,.04,.05], down=luck-[.05,.06,.04,.05], noisy=luck+[.3,-.2,.3,-.2])
-    df = pd.concat([pd.DataFrame(dict(method=m, accuracy=v, **seeds)) for m,v in runs.items()])
-    table = comparison(df)
-    assert list(table.index)[0]=='none' and table.accuracy.iloc[1:].is_monotonic_decreasing
-    assert verdict(table).endswith("Interval above zero: up; below zero: down.") and "up, +5.0 points [+3.7, +6.3]" in verdict(table)
-    assert 'One seed has no interval' in verdict(comparison(df[df.seed==0])) and 'yet' in verdict(comparison(df[df.method=='up']))
-
-def test_picture_has_every_method_beside_its_own_name():
-    df = pd.DataFrame([dict(method=m, seed=s, accuracy=a+.01*s, train_accuracy=1., seconds=1.) for m,a in dict(none=.5, b=.9, a=.7).items() for s in (0,1)])
-    table = comparison(df)
-    for ax,col in zip(plot_comparison(table), ('accuracy','diff')):
-        names = {round(y):t.get_text() for y,t in zip(ax.get_yticks(), ax.get_yticklabels())} if col=='accuracy' else names
-        points = np.ma.filled(ax.collections[-1].get_offsets(), np.nan)
-        assert {names[round(y)]:x for x,y in points if not np.isnan(x)} == pytest.approx((table[col].dropna()*100).to_dict())
-    cli.plt.close('all')
