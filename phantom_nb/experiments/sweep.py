@@ -30,6 +30,7 @@ class Sweep:
     @property
     def runs(self)->list: return [o for runs,_ in self.parts for o in runs]
 
+# %% ../../nbs/experiments/sweep.ipynb #bf663822
 def _listed(v): return v if isinstance(v, list) else [v]
 def _grid(d): return [dict(zip(d, o)) for o in itertools.product(*map(_listed, d.values()))]
 
@@ -38,7 +39,7 @@ def _seeds(v):
     if isinstance(v, list) and v: return v
     raise ValueError(f"seeds={v!r}: give a number of seeds >= 1, or a list of seeds")
 
-# %% ../../nbs/experiments/sweep.ipynb #bf663822
+# %% ../../nbs/experiments/sweep.ipynb #48367533
 def _methods(v):
     names = list(METHODS) if v=='all' else _listed(v)
     return [one_of(o, METHODS, 'method') for o in names]
@@ -58,6 +59,7 @@ def _tuning(d):
     for k in d: one_of(k, TUNE, 'key of [tune]')
     return {**TUNE, **d}
 
+# %% ../../nbs/experiments/sweep.ipynb #1d9cb117
 def parse_sweep(
     spec:dict, # the file's content
     name:str='sweep' # of the experiment, if the file gives none
