@@ -64,5 +64,5 @@ $(VENV)/.runtime: $(DEPS) | $(BIN)/python
 
 $(VENV)/.dev: $(DEPS) | $(BIN)/python
 	@echo "Installing what phantom_nb needs to run and to be tested ..."
-	@$(PIP) -e '.[dev]' -c constraints.txt
+	@$(PIP) -e '.[dev,cluster,tune]' -c constraints.txt
 	@touch $(VENV)/.runtime $@

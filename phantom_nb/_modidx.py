@@ -63,6 +63,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'phantom_nb.core._guarded': ('core.html#_guarded', 'phantom_nb/core.py'),
                                  'phantom_nb.core._hooks_go': ('core.html#_hooks_go', 'phantom_nb/core.py'),
                                  'phantom_nb.core._inputs': ('core.html#_inputs', 'phantom_nb/core.py'),
+                                 'phantom_nb.core._is_compiled': ('core.html#_is_compiled', 'phantom_nb/core.py'),
                                  'phantom_nb.core._is_finite': ('core.html#_is_finite', 'phantom_nb/core.py'),
                                  'phantom_nb.core._is_sound': ('core.html#_is_sound', 'phantom_nb/core.py'),
                                  'phantom_nb.core._learner': ('core.html#_learner', 'phantom_nb/core.py'),

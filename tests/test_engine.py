@@ -125,24 +125,22 @@ def test_ray_gives_the_rows_of_local(tmp_path):
 
 def test_a_run_in_other_hands_is_passed_over_and_waited_for(tmp_path):
     a,b = [replace(QUICK, seed=i) for i in range(2)]
+    name,held,finish = f'{a.method}-{a.seed}-{a.key}',threading.Event(),threading.Event()
+    def other():
+        "Another process: holds the run, records it when told to, lets go"
+        with FileLock(tmp_path/'.work'/f'{name}.lock'):
+            held.set()
+            finish.wait(60)
+            time.sleep(1.)
+            (tmp_path/f'{name}.json').write_text(json.dumps(train_run(a) | dict(accuracy=.5)))
     (tmp_path/'.work').mkdir()
-    lock = FileLock(tmp_path/'.work'/f'{a.method}-{a.seed}-{a.key}.lock')
-    order = []
-    with lock:
-        assert run_one(a, tmp_path, wait=False) is None
-        assert list(run_many([a, b], jobs=1, store=tmp_path, time_budget=4).seed)==[1]
-    lock.acquire()
-    def finish(): # the other process records the run, then lets go
-        time.sleep(1.)
-        row = train_run(a) | dict(accuracy=.5)
-        (tmp_path/f'{a.method}-{a.seed}-{a.key}.json').write_text(json.dumps(row))
-        lock.release()
-    other = FileLock(lock.lock_file, thread_local=False)
-    t = threading.Timer(0, finish)
-    lock.release()
-    lock = other
-    lock.acquire()
+    t = threading.Thread(target=other)
     t.start()
+    held.wait(60)
+    assert run_one(a, tmp_path, wait=False) is None
+    assert list(run_many([a, b], jobs=1, store=tmp_path, time_budget=4).seed)==[1]
+    order = []
+    finish.set()
     df = run_many([a, b], jobs=1, store=tmp_path, on_row=lambda r: order.append(r['seed']))
     t.join()
     assert order==[1,0] and dict(zip(df.seed, df.accuracy))[0]==.5
