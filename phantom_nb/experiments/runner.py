@@ -294,7 +294,8 @@ def load_results(
     else:
         rows = [json.loads(p.read_text()) for p in sorted(path.rglob('[!.]*.json'))]
         rows += [json.loads(o) for p in sorted(path.rglob('*.jsonl')) for o in p.read_text().splitlines() if 'key' in o]
-    return pd.DataFrame([r for r in rows if 'key' in r], columns=None if rows else [f.name for f in fields(Run)])
+    rows = {r['key']:r for r in reversed(rows) if 'key' in r} # a store and a file made of it may lie side by side
+    return pd.DataFrame(list(rows.values())[::-1], columns=None if rows else [f.name for f in fields(Run)])
 
 # %% ../../nbs/experiments/runner.ipynb #ec5c83c7
 def write_rows(

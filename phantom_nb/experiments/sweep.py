@@ -15,7 +15,7 @@ from fastai.basics import noop
 
 from .methods import METHODS, full_settings, one_of
 from .runner import Run, run_many, save_results
-from .tune import LR, tune_many, with_chosen
+from .tune import LR, check_budget, tune_many, with_chosen
 
 # %% ../../nbs/experiments/sweep.ipynb #108c23c5
 KEYS = ['methods','seeds','settings','runs','tune', *(f.name for f in fields(Run) if f.name not in ('method','seed'))]
@@ -42,6 +42,7 @@ def _seeds(v):
 # %% ../../nbs/experiments/sweep.ipynb #48367533
 def _methods(v):
     names = list(METHODS) if v=='all' else _listed(v)
+    if not names: raise ValueError(f"methods={v!r}: name at least one, or write \"all\"")
     return [one_of(o, METHODS, 'method') for o in names]
 
 def _part(d, experiment):
@@ -57,7 +58,16 @@ def _tuning(d):
     "Options of tuning, completed"
     if d is None: return None
     for k in d: one_of(k, TUNE, 'key of [tune]')
-    return {**TUNE, **d}
+    d = {**TUNE, **d}
+    check_budget(d['trials'], d['n_valid'])
+    return d
+
+def _tables(d):
+    "Refuse what should be a table and is not"
+    for k in ('tune','settings'):
+        if not isinstance(d.get(k, {}), dict): raise ValueError(f"{k}={d[k]!r}: write it as a table, [{k}]")
+    for o in (d.get('runs') or [{}]) if isinstance(d.get('runs', []), list) else [d['runs']]:
+        if not isinstance(o, dict): raise ValueError(f"runs={d['runs']!r}: write it as tables, [[runs]]")
 
 # %% ../../nbs/experiments/sweep.ipynb #1d9cb117
 def parse_sweep(
@@ -66,8 +76,10 @@ def parse_sweep(
 )->Sweep: # checked
     "Turn an experiment's description into runs; a wrong key or value raises a `ValueError` that names the nearest right one."
     top = dict(spec)
+    _tables(spec)
     parts = top.pop('runs', [{}])
     for o in (spec, *parts):
+        _tables(o)
         for k in o: one_of(k, KEYS if o is spec else [k for k in KEYS if k not in ('runs','experiment')], 'key')
     name = top.pop('experiment', name)
     merged = [{**top, **o, 'settings':{**top.get('settings', {}), **o.get('settings', {})}} for o in parts]

@@ -1,0 +1,120 @@
+"Experiments from a file: checked, tuned with equal budgets, stopped and taken up, shown and exported"
+import json, time, tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest
+
+from phantom_nb import cli
+from phantom_nb.experiments import runner
+from phantom_nb.experiments.methods import METHODS
+from phantom_nb.experiments.runner import Run, load_results
+from phantom_nb.experiments.sweep import load_sweep, parse_sweep, run_sweep
+from phantom_nb.experiments.tune import search_space, tune_many, tune_one, with_chosen, with_values
+
+pytest.importorskip('optuna')
+QUICK = Run(epochs=2, n_train=40)
+
+def test_grid_of_methods_data_sizes_seeds():
+    s = parse_sweep(dict(methods=['none','mhe'], seeds=[3,5], epochs=2, settings=dict(mhe=dict(lam=[.1,1.])),
+        runs=[dict(data='digits', n_train=[50,100]), dict(data='fashion_mnist', n_train=100, seeds=1, methods='mhe')]), 'x')
+    got = [(o.data, o.n_train, o.seed, o.method, dict(o.settings).get('lam')) for o in s.runs]
+    grid = [('digits', n, seed, m, lam) for n in (50,100) for seed in (3,5) for m,lam in (('none',None), ('mhe',.1), ('mhe',1.))]
+    assert got == grid + [('fashion_mnist', 100, 0, 'mhe', lam) for lam in (.1, 1.)]
+    assert {o.experiment for o in s.runs}=={'x'} and {o.epochs for o in s.runs}=={2}
+    assert len(parse_sweep({}).runs)==5*len(METHODS)
+
+@pytest.mark.parametrize('spec,what', [('epoch = 3', "unknown key 'epoch' (did you mean 'epochs'?)"), ('[[runs]]\nn_trian = 3', "did you mean 'n_train'"),
+    ('methods = ["mpu"]', "unknown method 'mpu'"), ('[settings.mhe]\nlamb = 1', "did you mean 'lam'"), ('[settings.mpu]\nlam = 1', "unknown method 'mpu'"),
+    ('[tune]\ntrial = 1', "did you mean 'trials'"), ('seeds = 0', 'seeds=0'), ('seeds = true', 'seeds=True'), ('epochs = "ten"', "epochs='ten'"),
+    ('data = ["digits", "mnist"]', "unknown data 'mnist'"), ('epochs = ', 'x.toml'), ('tune = 3', 'tune=3'), ('runs = 3', 'runs=3'), ('settings = 1', 'settings=1'),
+    ('[[runs]]\nexperiment = "a"', "unknown key 'experiment'"), ('[tune]\ntrials = 0', 'trials=0'), ('methods = []', 'methods=[]'), ('seeds = [0.5]', 'seed=0.5')], ids=str)
+def test_wrong_file_is_refused_by_name(spec, what, tmp_path):
+    (tmp_path/'x.toml').write_text(spec)
+    with pytest.raises(ValueError) as e: load_sweep(tmp_path/'x.toml')
+    assert what in str(e.value) and 'x.toml' in str(e.value)
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match='does not exist'): load_sweep(tmp_path/'none.toml')
+
+def test_trials_never_evaluate_the_test_images(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        data = original(*args, **kwargs)
+        return replace(data, x_test=data.x_test[:0], y_test=data.y_test[:0])
+    original = runner.load_dataset
+    whole = tune_one(QUICK, tmp_path/'a', trials=2, n_valid=100)
+    monkeypatch.setattr(runner, 'load_dataset', broken)
+    df = tune_one(QUICK, tmp_path/'b', trials=2, n_valid=100)
+    assert df.valid_accuracy.tolist()==whole.valid_accuracy.tolist() and not {'accuracy','loss'} & set(df)
+
+def test_every_method_gets_the_same_budget(tmp_path):
+    runs = [replace(QUICK, method=m, seed=s) for s in range(3) for m in METHODS]
+    df = tune_many(runs, tmp_path, trials=2, n_valid=100, jobs=1)
+    assert df.groupby('method').size().to_dict()==dict.fromkeys(METHODS, 2) and df.groupby('method').chosen.sum().eq(1).all()
+    assert set(df.seed)=={1000} and set(df.n_valid)=={100} and set(df.n_train)=={40}
+    first = df[df.trial==0]
+    assert set(first.lr)=={QUICK.lr} and all(dict(Run(method=r.method).settings)==r.settings for r in first.itertuples())
+    for r in df[df.trial==1].itertuples():
+        for k,(lo,hi,_) in search_space(r.method).items(): assert lo <= r.settings.get(k, r.lr) <= hi
+    tuned = with_chosen(runs, df, n_valid=100)
+    assert len(tuned)==len(runs)
+    for a,b in zip(runs, tuned):
+        r = df[(df.method==a.method) & df.chosen].iloc[0]
+        assert replace(a, lr=b.lr, settings=b.settings)==b and (b.lr, dict(b.settings))==(r.lr, r.settings)
+
+def test_stopped_study_proposes_what_it_would_have_proposed(tmp_path):
+    run = replace(QUICK, method='half_mhe')
+    whole = tune_one(run, tmp_path/'a', trials=5, n_valid=100)
+    for _ in range(5): cut = tune_one(run, tmp_path/'b', trials=5, n_valid=100, deadline=time.time()+.05) # stops in the middle of a trial
+    assert 1<=len(cut)<5 and not cut.chosen.any()
+    again = tune_one(run, tmp_path/'b', trials=5, n_valid=100)
+    cols = ['lr','settings','valid_accuracy','valid_loss','chosen']
+    pd.testing.assert_frame_equal(whole[cols], again[cols])
+
+def test_a_diverged_trial_is_never_chosen(tmp_path):
+    df = tune_one(replace(QUICK, lr=1e30), tmp_path, trials=2, n_valid=100)
+    assert df.status.tolist()==['diverged','done'] and df.chosen.tolist()==[False,True]
+
+def test_values_keep_three_digits_and_other_settings():
+    run = with_values(Run(method='mhe', settings=dict(s=0.)), dict(lr=.0123456, lam=2.34567))
+    assert run.lr==.0123 and dict(run.settings)==dict(lam=2.35, s=0.)
+
+SPEC = """
+experiment = "small"
+methods = ["none", "dropout"]
+seeds = 2
+epochs = 2
+n_train = [40, 80]
+tune = {trials = 2, n_valid = 100}
+"""
+
+def test_sweep_stops_at_its_budget_and_goes_on(tmp_path):
+    sweep = parse_sweep(tomllib.loads(SPEC))
+    rows,trials = run_sweep(sweep, tmp_path, time_budget=1., jobs=1)
+    n = len(rows)
+    assert n<8
+    told = []
+    rows,trials = run_sweep(sweep, tmp_path, jobs=1, on_row=lambda r: told.append(r['key']))
+    assert len(rows)==8==len(told) and len(trials)==8 and set(rows.status)=={'done'}
+    kept = load_results(tmp_path/'results.jsonl')
+    assert set(kept.key)==set(rows.key) and set(kept.experiment)=={'small'} and len(load_results(tmp_path/'trials.jsonl'))==8
+    assert {'space','chosen','trial','study'} <= set(json.loads((tmp_path/'trials.jsonl').read_text().splitlines()[0]))
+
+def test_sweep_and_results_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('small.toml').write_text(SPEC)
+    with pytest.raises(SystemExit) as e: cli.main(['sweep', 'small.toml', '--jobs', '1'])
+    out = capsys.readouterr().out
+    assert e.value.code==0 and '[12/12]' in out and 'tuned dropout on digits 40' in out and 'digits, 80' in out and 'results.jsonl' in out
+    def results(*args):
+        with pytest.raises(SystemExit) as e: cli.main(['results', 'sweeps/small', *args])
+        return e.value.code,capsys.readouterr()
+    code,text = results('--where', 'n_train=40', '--export', 'rows.jsonl', '--plot', 'forest.png')
+    assert code==0 and 'digits, 40' in text.out and 'digits, 80' not in text.out and Path('forest.png').stat().st_size>1000
+    assert set(load_results('rows.jsonl').n_train)=={40} and len(load_results('rows.jsonl'))==4
+    assert results('--metric', 'loss', '--export', 'table.md')[0]==0 and Path('table.md').read_text().count('\n')==6
+    assert results('--export', 'rows.csv')[0]==0 and np.isclose(pd.read_csv('rows.csv').accuracy.mean(), load_results('sweeps/small/results.jsonl').accuracy.mean())
+    for args,what in ((['--where','n_train'], 'column=value'), (['--where','metod=none'], "did you mean 'method'"), (['--where','n_train=3'], 'no runs'),
+        (['--over','data'], 'occurs twice'), (['--export','rows.xls'], '.jsonl, .csv, .md'), (['--metric','acuracy'], "acuracy")):
+        code,text = results(*args)
+        assert code==2 and what in ' '.join(text.err.split()), (args, text.err)
