@@ -23,8 +23,8 @@ from .data import DATASETS, available, load_dataset
 from .experiments.bench import BENCHES, save_bench
 from .experiments.methods import METHODS, one_of
 from .experiments.runner import ENGINES, Run, load_results, make_learner, run_many, save_results, write_atomic
-from .experiments.stats import as_markdown, as_rich, comparison, comparisons, plot_comparison, plot_comparisons
-from .experiments.stats import verdict
+from .experiments.stats import as_markdown, as_rich, comparison, comparisons, plot_comparison, verdict
+from .experiments.stats import plot_comparisons
 from .experiments.sweep import load_sweep, run_sweep
 from .models import MODELS
 
@@ -150,9 +150,11 @@ class _SweepWatch(_Watch):
     def study(self, df):
         if not len(df) or not df.chosen.any(): return
         r = df[df.chosen].iloc[0]
-        what,found = f"tuned {r.method} on {r.data} {r.n_train}",', '.join(f'{k}={v:g}' for k,v in {'lr':r.lr, **r.settings}.items())
+        what = f"tuned {r.method} on {r.data} {r.n_train}"
         self._step(what)
-        if not self.console.is_terminal: self.console.print(f"[{self.i}/{self.n}] {what}: {found}", highlight=False, markup=False, soft_wrap=True)
+        if self.console.is_terminal: return
+        found = ', '.join(f'{k}={v:g}' for k,v in {'lr':r.lr, **r.settings}.items())
+        self.console.print(f"[{self.i}/{self.n}] {what}: {found}", highlight=False, markup=False, soft_wrap=True)
 
 Spec = Annotated[Path, typer.Argument(help="The experiment's file, in TOML.")]
 SweepOut = Annotated[Path|None, _opt("Folder for the results. Default: sweeps/EXPERIMENT.")]
@@ -207,7 +209,7 @@ def show_results(
     return table
 
 # %% ../nbs/cli.ipynb #6aea14e6
-Recorded = Annotated[Path, typer.Argument(help="A sweep's or comparison's folder, a folder of .jsonl files, or one such file.")]
+Recorded = Annotated[Path, typer.Argument(help="Folder of a sweep or comparison or of .jsonl files, or one such file.")]
 Where = Annotated[list[str]|None, _opt("Keep rows with column=value; may be repeated.")]
 Over = Annotated[str, _opt("Comma-separated columns that tell comparisons apart.")]
 Metric = Annotated[str, _opt("What is compared: accuracy, or a loss such as loss or train_loss.")]
@@ -221,8 +223,8 @@ def _export(df, table, path):
     else: write_atomic(path, as_markdown(table) + '\n')
 
 @app.command()
-def results(path:Recorded, where:Where=None, over:Over='data,n_train', metric:Metric='accuracy', baseline:Baseline='none',
-    export:Export=None, plot:Plot=None):
+def results(path:Recorded, where:Where=None, over:Over='data,n_train', metric:Metric='accuracy',
+    baseline:Baseline='none', export:Export=None, plot:Plot=None):
     "Show, filter, export and draw recorded runs."
     for o,ok in ((export, ('.jsonl','.csv','.md')), (plot, ('.png','.svg','.pdf'))):
         if o and o.suffix not in ok: raise ValueError(f"{str(o)!r}: give a file name that ends in {', '.join(ok)}")

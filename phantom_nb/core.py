@@ -170,7 +170,7 @@ def _is_compiled(m): return getattr(m, '_compiled_call_impl', None) or hasattr(m
 def _share(self:Regularizer, term):
     "Share of the whole gradient that is the penalty's, in [0,1]; NaN for a compiled model"
     if not term.requires_grad: return 0.
-    if any(map(_is_compiled, self.model.modules())): return math.nan # a second backward pass through compiled code can come out wrong
+    if any(map(_is_compiled, self.model.modules())): return math.nan # its second backward pass can come out wrong
     ps = [p for p in self.model.parameters() if p.requires_grad]
     r,l = gradient_norm(term, ps),gradient_norm(self.learn.loss, ps)
     return r/(r+l)

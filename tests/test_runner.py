@@ -77,7 +77,7 @@ def test_recorded_run_is_not_run_again(tmp_path):
     file, = tmp_path.glob('*.json')
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(accuracy=.123)))
     assert run_one(QUICK, tmp_path)['accuracy']==.123
-    assert len(run_many([QUICK, QUICK], jobs=1, store=tmp_path))==2 and len(list(tmp_path.glob('*.json')))==1 and not list(tmp_path.glob('.work/*'))
+    assert len(run_many([QUICK, QUICK], jobs=1, store=tmp_path))==1 and len(list(tmp_path.glob('*.json')))==1 and not list(tmp_path.glob('.work/*'))
 
 def test_failed_and_diverged_runs_are_recorded_and_stop_nobody(tmp_path):
     specs = [replace(QUICK, model='cnn9'), replace(QUICK, lr=1e30), QUICK]

@@ -109,7 +109,8 @@ def bench_loop(
     seconds:float=30. # how long to repeat each loop
 )->pd.DataFrame: # one row: milliseconds an epoch, overhead (0.1 for 10%), and what measured it
     "Measure the time of an epoch of a run against `plain_epoch`."
-    learn,other = [make_learner(Run(data=data, n_train=n_train, bs=128, schedule='constant'), root, device) for _ in range(2)]
+    run = Run(data=data, n_train=n_train, bs=128, schedule='constant')
+    learn,other = [make_learner(run, root, device) for _ in range(2)]
     x,y,opt = learn.dls.train_ds.x,learn.dls.train_ds.y,torch.optim.Adam(other.model.parameters(), .01)
     with tempfile.TemporaryDirectory() as d:
         Checkpoint(Path(d)/'state.pth').resume(learn)

@@ -9,13 +9,15 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'RUNS_PER_GPU', 'ENGINES', 'Run', 'evaluat
 
 # %% ../../nbs/experiments/runner.ipynb #8ff80e53
 import hashlib, io, json, math, os, platform, random, subprocess, tempfile, time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from pathlib import Path
 
 import fastai, joblib, numpy as np, pandas as pd, torch
-from fastai.basics import Adam, Callback, CancelFitException, CancelValidException, Learner, SGD, no_random, noop, risinstance
+from fastai.basics import Adam, Callback, CancelFitException, CancelValidException, Learner, SGD
+from fastai.basics import no_random, noop, risinstance
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.callback.tracker import TerminateOnNaNCallback
@@ -93,8 +95,9 @@ def evaluate(
         n,hits,loss = n+len(y), hits+(z.argmax(1)==y).sum().item(), loss+F.cross_entropy(z, y, reduction='sum').item()
     return dict(accuracy=hits/n, loss=loss/n) if n else {}
 
+# %% ../../nbs/experiments/runner.ipynb #656609d7
 class NoValidation(Callback):
-    "Leave out the pass over the validation images that `fit` makes after every epoch: nothing here is chosen by it."
+    "Leave out the pass over the validation images after every epoch."
     def before_validate(self): raise CancelValidException()
 
 def make_learner(
@@ -181,9 +184,9 @@ class Checkpoint(Callback):
         done = self.epoch+1
         if done<=self.start or done==self.n_epoch: return
         regs = [(cb.state_dict(), cb.steps, cb.records) for cb in self.learn.cbs.filter(risinstance(Regularizer))]
-        state = dict(epoch=done, model=self.model.state_dict(), regs=regs, chance=_chance(),
-            opt={k:list(v) for k,v in self.opt.state_dict().items()}, passes=self.dls.train.epoch, seconds=self.seconds(),
-            resumed=self.resumed)
+        opt = {k:list(v) for k,v in self.opt.state_dict().items()}
+        state = dict(epoch=done, model=self.model.state_dict(), opt=opt, regs=regs, chance=_chance())
+        state |= dict(passes=self.dls.train.epoch, seconds=self.seconds(), resumed=self.resumed)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.path, buffer.getvalue())
@@ -365,7 +368,7 @@ def spread(
     device=None, # torch device; None to deal items out to the GPUs if there are any
     retries:int=3, # times that a killed worker is replaced, >= 0
     address:str|None=None # of a Ray cluster; None for one that is started here
-): # iterator of the results, in the order in which they come in
+)->Iterator: # the results, in the order in which they come in
     "Work on many items at a time, with the cores shared out."
     one_of(engine, ENGINES, 'engine')
     items,cores = list(items),joblib.cpu_count(only_physical_cores=False)

@@ -28,7 +28,9 @@ class Sweep:
     parts:tuple # ((runs, options of `tune_many` or None), ...)
 
     @property
-    def runs(self)->list: return [o for runs,_ in self.parts for o in runs]
+    def runs(self)->list: # `Run`s of all parts
+        "List what is run, before tuning."
+        return [o for runs,_ in self.parts for o in runs]
 
 # %% ../../nbs/experiments/sweep.ipynb #bf663822
 def _listed(v): return v if isinstance(v, list) else [v]
@@ -54,6 +56,7 @@ def _part(d, experiment):
     d['experiment'] = experiment
     return [Run(method=m, settings=s, seed=seed, **o) for o in _grid(d) for seed in seeds for m,s in each]
 
+# %% ../../nbs/experiments/sweep.ipynb #a0321794
 def _tuning(d):
     "Options of tuning, completed"
     if d is None: return None
@@ -74,7 +77,7 @@ def parse_sweep(
     spec:dict, # the file's content
     name:str='sweep' # of the experiment, if the file gives none
 )->Sweep: # checked
-    "Turn an experiment's description into runs; a wrong key or value raises a `ValueError` that names the nearest right one."
+    "Turn an experiment's description into runs; a wrong key or value raises a `ValueError` that names the right one."
     top = dict(spec)
     _tables(spec)
     parts = top.pop('runs', [{}])

@@ -42,10 +42,11 @@ def _name(run, n_valid, lr):
     "Name a study by what decides its trials"
     told = {k:v for k,v in asdict(run).items() if k not in ('seed','experiment')}
     told |= dict(n_valid=n_valid, space=search_space(run.method, lr))
-    return f"{run.method}-{run.data}-{run.n_train}-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]}"
+    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{run.method}-{run.data}-{run.n_train}-{key}"
 
 def _study(path, name, first):
-    "Open a study, or begin it with the trial `first`; ask again for what was in hand when it stopped; also its done trials"
+    "Open a study, or begin it with the trial `first`; ask again for what was in hand; also values of its done trials"
     try: import optuna
     except ImportError as e: raise ValueError("tuning needs Optuna: pip install 'phantom_nb[tune]'") from e
     from optuna.storages.journal import JournalFileBackend
