@@ -164,6 +164,7 @@ def lam_now(self:Regularizer)->float: # value >= 0 of the weight at this point o
     lam = float(self.lam(self.pct_train))
     return _check_number('lam(progress)', lam, lambda v: v>=0, "a schedule of finite values >= 0")
 
+# %% ../nbs/core.ipynb #7b896ae1
 def _is_compiled(m): return getattr(m, '_compiled_call_impl', None) or hasattr(m, '_orig_mod')
 
 @patch

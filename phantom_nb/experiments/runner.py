@@ -223,7 +223,8 @@ def before_fit(self:Checkpoint):
 def _measure(learn, run):
     "Metrics of a trained learner"
     dls,out = learn.dls,dict(params=sum(p.numel() for p in learn.model.parameters()))
-    parts = {'train_':dls.train.new(shuffle=False, augment=None), **({'valid_':dls.valid} if run.n_valid else {'':dls.test})}
+    parts = {'valid_':dls.valid} if run.n_valid else {'':dls.test}
+    parts |= {'train_':dls.train.new(shuffle=False, augment=None)}
     out |= {p+k:v for p,dl in parts.items() for k,v in evaluate(learn.model, dl).items()}
     for cb in learn.cbs.filter(risinstance(Regularizer)):
         df = cb.to_frame()

@@ -103,7 +103,8 @@ def check_budget(
 ):
     "Refuse a budget that is not two whole numbers >= 1 with a `ValueError`."
     for k,v in dict(trials=trials, n_valid=n_valid).items():
-        if isinstance(v, bool) or not isinstance(v, int) or v<1: raise ValueError(f"{k}={v!r}: give a whole number >= 1")
+        whole = isinstance(v, int) and not isinstance(v, bool)
+        if not whole or v<1: raise ValueError(f"{k}={v!r}: give a whole number >= 1")
 
 def tune_many(
     runs, # `Run`s; those that differ in their seed alone share a study
