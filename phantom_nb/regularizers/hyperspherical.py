@@ -6,4 +6,4 @@ __all__ = []
 # %% ../../nbs/regularizers/hyperspherical.ipynb #735eabd0
 from .energy import MHE, authors_factors, hyperspherical_energy
 from .projections import angle_distortion, adversarial_energy, angle_preserving_energy
-from .projections import group_energy, projected_energy
+from .projections import CoMHE, group_energy, projected_energy
