@@ -7,9 +7,10 @@ __all__ = ['MHE', 'CoMHE', 'authors_factors', 'hyperspherical_energy', 'projecte
            'angle_preserving_energy', 'adversarial_energy', 'group_energy']
 
 # %% ../../nbs/regularizers/hyperspherical.ipynb #735eabd0
-from .energy import MHE, authors_factors, hyperspherical_energy
-from .projections import CoMHE, adversarial_energy, angle_distortion, angle_preserving_energy
-from .projections import group_energy, projected_energy
+from .energy import MHE, authors_factors, hyperspherical_energy # chkstyle: ignore-node
+from .projections import CoMHE, angle_distortion, projected_energy # chkstyle: ignore-node
+from .projections import angle_preserving_energy, adversarial_energy # chkstyle: ignore-node
+from .projections import group_energy # chkstyle: ignore-node
 
 _all_ = ['MHE', 'CoMHE', 'authors_factors', 'hyperspherical_energy', 'projected_energy', 'angle_distortion',
     'angle_preserving_energy', 'adversarial_energy', 'group_energy']

@@ -117,7 +117,7 @@ def angle_distortion(
     p:Tensor, # (k,d) projection, or (m,k,d), whose distortions are averaged
     eps:float=1e-12 # added to the squared norms, >= 0
 )->Tensor: # scalar >= 0: Frobenius norm of the change of all cosines
-    "Measure how much a projection changes angles; `ValueError` for wrong shapes (Lin 2020, angle-preserving projection)."
+    "Measure how much projecting changes angles; `ValueError` for wrong shapes (Lin 2020, angle-preserving projection)."
     with torch.autocast(w.device.type, enabled=False):
         w,p = _prepare(w, p)
         d = _cosines(_project(w, p), eps) - _cosines(w, eps)[:,None]
@@ -239,7 +239,7 @@ def _check(self:CoMHE):
         v = getattr(self, o)
         if v is not None: _check_number(o, v, lambda v: 0<=v<end, f"a number in [0, {end})")
     if self.p_steps and self.projection not in _SLOPES:
-        raise ValueError(f"steps={self.p_steps!r}: projection={self.projection!r} has nothing to learn, leave steps out")
+        raise ValueError(f"steps={self.p_steps!r}: {self.projection!r} projections have nothing to learn, leave it out")
     if self.projection=='group' and (self.m>1 or self.redraw):
         raise ValueError(f"m={self.m!r}, redraw={self.redraw!r}: groups are not drawn, leave both out")
 
@@ -254,7 +254,8 @@ def _role(self:CoMHE, name, d, first):
 def setup(self:CoMHE):
     "Sort the layers into stacks of equal shape and see that there are projections"
     MHE.setup(self)
-    first,shapes = next(iter(select_layers(self.model))),{k:tuple(weight_view(m).shape) for k,m in self.selected.items()}
+    first = next(iter(select_layers(self.model)))
+    shapes = {k:tuple(weight_view(m).shape) for k,m in self.selected.items()}
     self.roles,self.stacks,self._at = {k:self._role(k, s[2], first) for k,s in shapes.items()},{},None
     for k,s in shapes.items():
         if self.roles[k]!='skip': self.stacks.setdefault((self.roles[k], k==self.last, s), []).append(k)
@@ -320,8 +321,9 @@ def _restore(self:CoMHE, s):
     "Take over a state; `ValueError` if it belongs to other projections"
     need = list(self.projected.values())
     have = [tuple(p.shape) for p in s['basis']] if 'basis' in s else need
-    if (s['projection'],have)!=(self.projection,need): raise ValueError(f"the loaded projections are {s['projection']} {have}, "
-        f"but projection={self.projection!r} needs {need}: load them with the options they were saved with")
+    if (s['projection'],have)!=(self.projection,need):
+        raise ValueError(f"the loaded projections are {s['projection']} {have}, but projection={self.projection!r} needs "
+            f"{need}: load them with the options they were saved with")
     self.gen.set_state(s['gen'])
     self.draw,self.age = s['draw'],s['age']
     if 'basis' in s: self._hold([p.to(self._like()) for p in s['basis']], s['opt'])
@@ -408,7 +410,8 @@ def energies(self:CoMHE)->dict: # name of the layer -> its energy, a scalar with
 
 @patch
 def penalty(self:CoMHE):
-    return sum((self.output if o[1] else self.hidden)*e.sum() for o,e in self._stack_energies(self._at!=self.steps).items())
+    es = self._stack_energies(self._at!=self.steps)
+    return sum((self.output if o[1] else self.hidden)*e.sum() for o,e in es.items())
 
 # %% ../../nbs/regularizers/projections.ipynb #b841c390
 @patch(cls_method=True)
