@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from fastai.callback.mixup import MixUp
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 
-from ..regularizers.hyperspherical import MHE
+from ..regularizers.hyperspherical import MHE, CoMHE
 
 # %% ../../nbs/experiments/methods.ipynb #ecd7b700
 @dataclass(frozen=True)
@@ -42,7 +42,15 @@ METHODS = dict( # chkstyle: ignore-node
     mhe=Method("hyperspherical energy of all layers (Liu et al. 2018)", dict(lam=1., s=2.),
         lambda **kw: Pieces((MHE.paper(**kw),))),
     half_mhe=Method("the same, half-space in hidden layers (Liu et al. 2018)", dict(lam=1., s=2.),
-        lambda **kw: Pieces((MHE.paper(half_space=True, **kw),))))
+        lambda **kw: Pieces((MHE.paper(half_space=True, **kw),))),
+    comhe_random=Method("half-space energy of random projections (Lin et al. 2020)", dict(lam=1., s=2.),
+        lambda **kw: Pieces((CoMHE.paper('random', **kw),))),
+    comhe_angle=Method("half-space energy of angle-preserving projections (Lin et al. 2020)", dict(lam=1., s=2.),
+        lambda **kw: Pieces((CoMHE.paper('angle', **kw),))),
+    comhe_adversarial=Method("half-space energy of adversarial projections (Lin et al. 2020)", dict(lam=1., s=2.),
+        lambda **kw: Pieces((CoMHE.paper('adversarial', **kw),))),
+    comhe_group=Method("half-space energy of groups of coordinates (Lin et al. 2020)", dict(lam=1., s=2.),
+        lambda **kw: Pieces((CoMHE.paper('group', **kw),))))
 
 # %% ../../nbs/experiments/methods.ipynb #62d72e06
 def one_of(

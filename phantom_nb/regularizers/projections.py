@@ -141,7 +141,7 @@ def angle_preserving_energy(
     reduce:str='mean', # over the m projections: 'mean' or 'max'
     **energy_kw # s, half_space, angular, eps of `hyperspherical_energy`
 )->Tensor: # scalar: energy after the step, with the gradient through it
-    "Compute the energy after a step that preserves angles; `ValueError` as above (Lin 2020, angle-preserving projection)."
+    "Compute the energy after a step towards equal angles; `ValueError` as above (Lin 2020, angle preservation)."
     return _unrolled('angle', w, p, lr, reduce, energy_kw)
 
 # %% ../../nbs/regularizers/projections.ipynb #c0119c18
@@ -322,7 +322,8 @@ def _restore(self:CoMHE, s):
     need = list(self.projected.values())
     have = [tuple(p.shape) for p in s['basis']] if 'basis' in s else need
     if (s['projection'],have)!=(self.projection,need):
-        raise ValueError(f"the loaded projections are {s['projection']} {have}, but projection={self.projection!r} needs "
+        raise ValueError(f"the loaded projections are {s['projection']} {have}, "
+            f"but projection={self.projection!r} needs "
             f"{need}: load them with the options they were saved with")
     self.gen.set_state(s['gen'])
     self.draw,self.age = s['draw'],s['age']
