@@ -48,6 +48,7 @@ def _together(w):
     size = w.shape[1]*min(w.shape[1], _rows(w))
     return max(1, (2**18 if w.device.type=='cpu' else 2**26)//size)
 
+# %% ../../nbs/regularizers/energy.ipynb #f0adbc29
 def _panels(w, r, form):
     "Rows i:j with columns i: of the pair terms, of D and of g, each (g,j-i,n-i); `w` is normed if `r` is None"
     n,rows = w.shape[1],_rows(w)
