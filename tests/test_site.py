@@ -13,7 +13,8 @@ from test_project import NBS, ROOT, copy_tree, tool
 CDN = 'https://cdn.jsdelivr.net/npm/katex@'
 ARGS = '--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync'.split()
 PAGES = {p.relative_to(ROOT/'nbs').with_suffix('.html').as_posix():p for p in NBS}
-VISITED = ['index.html', 'core.html', 'regularizers/hyperspherical.html']
+VISITED = ['index.html', 'core.html', 'regularizers/energy.html',
+    'regularizers/hyperspherical.html', 'regularizers/projections.html']
 
 
 def needed(what, found):
@@ -144,7 +145,7 @@ def test_pictures_are_drawn(browser, name):
     page.close()
 
 def test_mathematics_is_typeset(browser):
-    page,errors = browser('regularizers/hyperspherical.html')
+    page,errors = browser('regularizers/energy.html')
     page.wait_for_selector('.katex-html', state='attached')
     assert page.locator('.katex').count()>5 and page.locator('.katex-display').count()>0
     assert page.locator('.katex-error').count()==0, page.locator('.katex-error').first.get_attribute('title')

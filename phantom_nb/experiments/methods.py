@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from fastai.callback.mixup import MixUp
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 
-from ..regularizers.hyperspherical import MHE
+from ..regularizers.hyperspherical import MHE, CoMHE
 
 # %% ../../nbs/experiments/methods.ipynb #ecd7b700
 @dataclass(frozen=True)
@@ -45,7 +45,15 @@ METHODS = dict( # chkstyle: ignore-node
     mhe=Method("hyperspherical energy of all layers (Liu et al. 2018)", dict(lam=1., s=2.),
         lambda **kw: Pieces((MHE.paper(**kw),)), dict(lam=(.01, 100., 'log'))),
     half_mhe=Method("the same, half-space in hidden layers (Liu et al. 2018)", dict(lam=1., s=2.),
-        lambda **kw: Pieces((MHE.paper(half_space=True, **kw),)), dict(lam=(.01, 100., 'log'))))
+        lambda **kw: Pieces((MHE.paper(half_space=True, **kw),)), dict(lam=(.01, 100., 'log'))),
+    comhe_random=Method("half-space energy of random projections (Lin et al. 2020)", dict(lam=1., s=2.),
+        lambda **kw: Pieces((CoMHE.paper('random', **kw),)), dict(lam=(.01, 100., 'log'))),
+    comhe_angle=Method("half-space energy of angle-preserving projections (Lin et al. 2020)", dict(lam=1., s=2.),
+        lambda **kw: Pieces((CoMHE.paper('angle', **kw),)), dict(lam=(.01, 100., 'log'))),
+    comhe_adversarial=Method("half-space energy of adversarial projections (Lin et al. 2020)", dict(lam=1., s=2.),
+        lambda **kw: Pieces((CoMHE.paper('adversarial', **kw),)), dict(lam=(.01, 100., 'log'))),
+    comhe_group=Method("half-space energy of groups of coordinates (Lin et al. 2020)", dict(lam=1., s=2.),
+        lambda **kw: Pieces((CoMHE.paper('group', **kw),)), dict(lam=(.01, 100., 'log'))))
 
 # %% ../../nbs/experiments/methods.ipynb #62d72e06
 def one_of(

@@ -1,0 +1,306 @@
+"CoMHE against the authors' recorded numbers, a slow loop, and itself; its layers, its state, its rules"
+import json, math
+from functools import partial
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from fastai.basics import Callback, CancelFitException, Learner
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from phantom_nb.core import check_regularizer, select_layers, weight_view
+from phantom_nb.data import get_dls
+from phantom_nb.models import create_model
+from phantom_nb.regularizers.hyperspherical import MHE, CoMHE, adversarial_energy, angle_distortion, angle_preserving_energy
+from phantom_nb.regularizers.hyperspherical import group_energy, hyperspherical_energy, projected_energy
+
+REF = Path(__file__).parent/'reference'
+ARRAYS = np.load(REF/'hyperspherical.npz')
+FUNCTIONS = dict(random=projected_energy, angle=angle_preserving_energy, adversarial=adversarial_energy)
+CASES = [c for c in json.loads((REF/'hyperspherical.json').read_text())['cases'] if c['kind'] in FUNCTIONS]
+FORMS = [dict(s=s, half_space=h, angular=a) for s in (0.,1.,2.) for h in (False,True) for a in (False,True)]
+
+def array(key): return torch.from_numpy(ARRAYS[key])
+def neurons(key): return torch.from_numpy(np.ascontiguousarray(ARRAYS[key].reshape(-1, ARRAYS[key].shape[-1]).T))
+def close(a, b): return (a-b).abs().max() < 1e-4*b.abs().max()
+def randn(*shape, seed=0, **kw): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kw)
+
+
+# The functions
+
+@pytest.mark.parametrize('c', CASES, ids=lambda c: c['key'])
+def test_parity_with_the_authors_code(c):
+    key,w,p = c['key'],neurons(c['w']).requires_grad_(),array(f"P_{c['key']}").requires_grad_()
+    e = FUNCTIONS[c['kind']](w, p, *([c['lr']] if 'lr' in c else []), half_space=True, eps=1e-4)
+    gw,gp = torch.autograd.grad(e, (w,p))
+    assert abs(e.item()/c['loss']-1) < 1e-5 and close(gw, neurons(f'g_{key}'))
+    if 'p_loss' not in c: return
+    l = angle_distortion(w, p, 1e-4) if c['kind']=='angle' else projected_energy(w, p, eps=1e-4)
+    assert abs(l.item()/c['p_loss']-1) < 1e-5
+    assert close(gp, array(f'gp_{key}')) and close(torch.autograd.grad(l, p)[0], array(f'gpl_{key}'))
+
+def test_all_three_kinds_are_recorded(): assert sorted(c['kind'] for c in CASES)==sorted(FUNCTIONS)
+
+def unit(x, eps): return x/(x.square().sum()+eps).sqrt()
+
+def loop_energy(ys, s, half_space, angular, eps):
+    "Pair by pair, as the definition says"
+    ys = [unit(y, eps) for y in ys]
+    if half_space: ys = ys+[-y for y in ys]
+    t = [(a@b).acos()/math.pi+eps if angular else (2-2*a@b).sqrt() for i,a in enumerate(ys) for b in ys[:i]]
+    return torch.stack([-o.log() if s==0 else o**-s for o in t]).mean()
+
+def loop_distortion(w, p, eps):
+    x,y = [unit(o, eps) for o in w],[unit(p@o, eps) for o in w]
+    return torch.stack([(y[i]@y[j]-x[i]@x[j]).square() for i in range(len(w)) for j in range(len(w))]).sum().sqrt()
+
+def loop(kind, w, p, lr, s=2., half_space=False, angular=False, eps=1e-4):
+    "Each projection and each pair on its own; steps by autograd"
+    res = []
+    for q in p:
+        if kind=='angle': q = q - lr*torch.autograd.grad(loop_distortion(w, q, eps), q, create_graph=True)[0]
+        if kind=='adversarial':
+            e = loop_energy([q@o for o in w], s, False, angular, eps)
+            q = q + lr*torch.autograd.grad(e, q, create_graph=True)[0]
+        res.append(loop_energy([q@o for o in w], s, half_space, angular, eps))
+    return torch.stack(res).mean()
+
+@settings(max_examples=40, deadline=None)
+@given(kind=st.sampled_from(list(FUNCTIONS)), n=st.integers(2, 6), d=st.integers(3, 7), k=st.integers(2, 6), m=st.integers(1, 3),
+    form=st.sampled_from(FORMS), seed=st.integers(0, 10**6))
+def test_against_a_loop(kind, n, d, k, m, form, seed):
+    w,p = randn(n, d, seed=seed, dtype=torch.float64).requires_grad_(),randn(m, k, d, seed=seed+1, dtype=torch.float64).requires_grad_()
+    e = FUNCTIONS[kind](w, p, *([] if kind=='random' else [.1]), eps=1e-4, **form)
+    oracle = loop(kind, w, p, .1, **form)
+    assert abs(e-oracle) < 1e-8*(1+abs(oracle))
+    for a,b in zip(torch.autograd.grad(e, (w,p)), torch.autograd.grad(oracle, (w,p))): assert (a-b).abs().max() < 1e-6*(1e-3+b.abs().max())
+
+@pytest.mark.parametrize('form', FORMS, ids=str)
+def test_groups_against_a_loop(form):
+    w = randn(5, 11, dtype=torch.float64)
+    for groups in (1, 2, 3, 5):
+        each = [loop_energy(list(o), **form, eps=1e-4) for o in w.tensor_split(groups, dim=1)]
+        e = group_energy(w, groups, eps=1e-4, **form)
+        assert abs(e-torch.stack(each).mean()) < 1e-8
+        assert abs(group_energy(w, groups, reduce='max', eps=1e-4, **form)-max(each)) < 1e-8
+
+def test_reduce_by_the_maximum():
+    w,p = randn(6, 9),randn(4, 3, 9, seed=1)
+    assert torch.isclose(projected_energy(w, p, reduce='max'), max(projected_energy(w, q) for q in p))
+
+def test_groups_of_neurons_are_not_compared():
+    w,p = randn(3, 5, 8, dtype=torch.float64),randn(2, 4, 8, seed=1, dtype=torch.float64)
+    each = torch.stack([projected_energy(o, p) for o in w]).mean()
+    assert torch.isclose(projected_energy(w, p), each)
+    total = torch.stack([angle_distortion(o, p[0]) for o in w]).norm()
+    assert torch.isclose(angle_distortion(w, p[0]), total)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('form', FORMS, ids=str)
+def test_finite_for_degenerate_input(form, dtype):
+    w,p = randn(8, 9),randn(4, 12, 9, seed=1)
+    w[1],w[2],w[3],w[4],w[5],p[1],p[3,1:] = w[0],-w[0],0,w[0]*(1+1e-6),1e-4*w[6],0,0
+    p[2] -= p[2]@torch.outer(w[7], w[7])/w[7].square().sum()
+    calls = [(f, (p,) if k=='random' else (p,.1)) for k,f in FUNCTIONS.items()] + [(group_energy, (4,))]
+    for x in (w, w[:1].repeat(4, 1), torch.zeros(4, 9)):
+        for f,a in calls:
+            x = x.detach().to(dtype).requires_grad_()
+            e = f(x, *a, **form)
+            g, = torch.autograd.grad(e, x)
+            assert e.dtype==torch.float32 and e.isfinite() and g.isfinite().all(), f.__name__
+
+def test_autocast_does_not_reach_in():
+    w,p = randn(30, 40),randn(3, 8, 40, seed=1)
+    for f,a in ((projected_energy, (p,)), (angle_preserving_energy, (p,.1)), (adversarial_energy, (p,.1)), (angle_distortion, (p,))):
+        with torch.autocast('cpu', dtype=torch.bfloat16): e = f(w, *a)
+        assert torch.equal(e, f(w, *a))
+
+@pytest.mark.parametrize('f,args', [(projected_energy, ()), (angle_preserving_energy, (.1,)), (adversarial_energy, (.1,))], ids=str)
+def test_compiles_in_one_graph(f, args):
+    w,p = randn(20, 30).requires_grad_(),randn(3, 8, 30, seed=1)
+    g = torch.compile(lambda w: f(w, p, *args, half_space=True), backend='aot_eager', fullgraph=True)
+    a,b = [torch.autograd.grad(o, w)[0] for o in (g(w), f(w, p, *args, half_space=True))]
+    assert (a-b).abs().max() <= 1e-6*b.abs().max()
+
+W,P = randn(4, 6),randn(2, 3, 6)
+@pytest.mark.parametrize('call,what', [(lambda: projected_energy(W, P[...,:5]), r'\(2, 3, 5\): give \(k,6\)'), (lambda: projected_energy(W[:1], P), r'\(1, 6\).*n>=2'),
+    (lambda: projected_energy(W, P, reduce='sum'), "reduce='sum'"), (lambda: projected_energy(W, P, s=-1.), 's=-1.0'), (lambda: angle_preserving_energy(W, P, -1.), 'lr=-1.0'),
+    (lambda: adversarial_energy(W, P, math.nan), 'lr=nan'), (lambda: group_energy(W, 7), 'groups=7'), (lambda: angle_distortion(W[0], P), r'\(6,\)')], ids=str)
+def test_bad_input_is_refused(call, what):
+    with pytest.raises(ValueError, match=what): call()
+
+
+# The callback
+
+class Odd(nn.Module):
+    "Grouped, depthwise, transposed and narrow layers, two of equal shape, and a head"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c = nn.Conv2d(1, 8, 3),nn.Conv2d(8, 8, 3, groups=2),nn.Conv2d(8, 8, 3, groups=8)
+        self.d,self.e,self.f = nn.Conv2d(8, 8, 1),nn.Linear(8, 24),nn.Linear(24, 24)
+        self.g,self.fc = nn.Linear(24, 24),nn.Linear(24, 10)
+    def forward(self, x): return self.fc(self.g(self.f(self.e(self.d(self.c(self.b(self.a(x)).relu())).mean((2,3))))))
+
+def learner(model, *cbs, **kw): return Learner(get_dls('digits', n_train=64, n_valid=20), model, cbs=list(cbs), **kw)
+
+def fit(learn, epochs=1, **kw):
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, **kw)
+    return learn
+
+def test_layers_are_told_apart():
+    cb = CoMHE(k=10)
+    fit(learner(Odd(), cb))
+    assert cb.roles == dict(a='half', b='project', d='half', e='half', f='project', g='project', fc='full')
+    assert list(cb.energies()) == list('abdefg')+['fc'] and len(cb.projected)==2
+
+@pytest.mark.parametrize('o', [{}, dict(share_basis=True), dict(output_layer='project'), dict(first_layer='skip', output_layer='skip'), dict(reduce='max')], ids=str)
+def test_energies_layer_by_layer(o):
+    "Stacks, one launch and shared bases against one call a layer"
+    cb = CoMHE(k=10, m=3, eps=1e-4, **o)
+    fit(learner(Odd(), cb))
+    es,total = cb.energies(),0
+    assert set(es) == {k for k,v in cb.roles.items() if v!='skip'}
+    for (role,last,shape),names in cb.stacks.items():
+        for i,k in enumerate(names):
+            w = weight_view(getattr(cb.model, k)).detach()
+            if role!='project': e = hyperspherical_energy(w, half_space=role=='half', eps=1e-4)
+            else:
+                p = cb.basis[(shape[2],) if cb.share_basis else (last,shape)]
+                e = projected_energy(w, p[0 if cb.share_basis else i], cb.reduce, half_space=not last, eps=1e-4)
+            assert abs(e-es[k]) < 1e-5
+            total += e*(10 if last else 1)
+    cb._at = cb.steps
+    assert abs(cb.penalty()-total) < 1e-4
+
+@pytest.mark.parametrize('share', [False, True])
+@pytest.mark.parametrize('kind', ['angle', 'adversarial'])
+def test_learned_projections_follow_the_authors_loop(kind, share):
+    "`steps` SGD updates with decay on the sum over the layers that share P, then the unrolled one"
+    cb = CoMHE(1., kind, k=10, steps=3, share_basis=share, eps=1e-4, p_wd=1e-2, p_mom=.5, layers=['f','g','fc'])
+    learn = learner(Odd(), cb, lr=0.)
+    fit(learn)
+    ws = {k:weight_view(getattr(cb.model, k))[0].detach() for k in 'fg'}
+    (p,) = cb.basis.values()
+    ps = [q[0].clone().requires_grad_() for q in p]
+    opt = torch.optim.SGD(ps, .1, momentum=.5, weight_decay=1e-2)
+    opt.load_state_dict(dict(opt.state_dict(), state={i:dict(momentum_buffer=v) for i,v in enumerate(cb.p_opt.state[p]['momentum_buffer'].flatten(0, 1).clone())}))
+    def learns(w, q): return angle_distortion(w, q, 1e-4) if kind=='angle' else -projected_energy(w, q, eps=1e-4)
+    cb._at = None
+    penalty = cb.penalty()
+    for _ in range(3):
+        opt.zero_grad()
+        sum(learns(w, ps[0 if share else i]) for i,w in enumerate(ws.values())).backward()
+        opt.step()
+    assert all(torch.allclose(a, b[0], atol=1e-5) for a,b in zip(ps, next(iter(cb.basis.values()))))
+    step = [torch.autograd.grad(sum(learns(w, q) for i,w in enumerate(ws.values()) if share or i==j), q)[0] for j,q in enumerate(ps)]
+    after = [q-.1*g for q,g in zip(ps, step)]
+    es = [projected_energy(w, after[0 if share else i], half_space=True, eps=1e-4) for i,w in enumerate(ws.values())]
+    assert abs(penalty - sum(es) - 10*hyperspherical_energy(cb.model.fc.weight, eps=1e-4)) < 1e-4
+
+def test_looking_changes_nothing():
+    def train(look):
+        torch.manual_seed(0)
+        learn = learner(Odd(), CoMHE(10., k=10))
+        if look: learn.add_cb(Callback(after_epoch=lambda cb: cb.learn.co_mhe.energies(), after_step=lambda cb: cb.learn.co_mhe.energies()))
+        fit(learn, 2)
+        return list(learn.model.parameters())
+    assert all(map(torch.equal, train(False), train(True)))
+
+def test_redraws_when_it_should():
+    def draws(redraw):
+        seen,cb = [],CoMHE(0., k=10, m=1, redraw=redraw)
+        watch = Callback(after_loss=lambda o: o.training and seen.append(cb.draw))
+        watch.order = 10
+        fit(learner(Odd(), cb, watch), 7)
+        return len({*seen}),len(seen)
+    assert draws(0)[0]==1
+    for r in (1, 2):
+        n,steps = draws(r)
+        assert steps==7 and n==-(-steps//r)
+
+@pytest.mark.parametrize('kind', ['random', 'angle', 'adversarial'])
+def test_state_goes_through_a_file(kind, tmp_path):
+    make = partial(CoMHE, 1., kind, k=10, m=2, redraw=3, p_mom=.9)
+    a,b = learner(Odd(), make(), path=tmp_path),learner(Odd(), make(seed=7), path=tmp_path)
+    fit(a, 2)
+    a.save('a')
+    b.load('a')
+    fit(b, 1, cbs=Callback(before_batch=lambda cb: (_ for _ in ()).throw(CancelFitException())))
+    ca,cb = a.co_mhe,b.co_mhe
+    ca.energies()
+    cb.energies()
+    assert torch.equal(ca.gen.get_state(), cb.gen.get_state()) and (ca.draw,ca.age)==(cb.draw,cb.age)
+    assert all(map(torch.equal, ca.basis.values(), cb.basis.values()))
+    if kind!='random': assert all(torch.equal(ca.p_opt.state[p]['momentum_buffer'], cb.p_opt.state[q]['momentum_buffer']) for p,q in zip(ca.basis.values(), cb.basis.values()))
+
+def test_foreign_state_is_refused(tmp_path):
+    a = fit(learner(Odd(), CoMHE(1., 'angle', k=10), path=tmp_path))
+    a.save('a')
+    for o in (dict(projection='angle', k=9), dict(projection='random', k=10)):
+        b = learner(Odd(), CoMHE(1., **o), path=tmp_path)
+        b.load('a')
+        with pytest.raises(ValueError, match='load them with the options they were saved with'): fit(b)
+
+def test_projections_follow_the_weights():
+    learn = learner(Odd().double(), CoMHE(1., 'angle', k=10))
+    def widen(cb): cb.learn.xb = (cb.x.double(),)
+    fit(learn, cbs=Callback(before_batch=widen))
+    assert {p.dtype for p in learn.co_mhe.basis.values()} == {torch.float64}
+    learn.model.float()
+    learn.co_mhe.setup()
+    assert {p.dtype for p in learn.co_mhe.basis.values()} == {torch.float32}
+
+def test_exported_learner_carries_no_random_matrices(tmp_path):
+    learn = fit(learner(Odd(), CoMHE(1., k=10), path=tmp_path))
+    assert not learn.co_mhe.basis and learn.co_mhe.energies()
+
+def test_with_a_compiled_network():
+    learn = learner(Odd(), CoMHE(1., 'angle', k=10))
+    learn.model = torch.compile(learn.model, backend='eager')
+    assert fit(learn).co_mhe.records[-1][4] > 0
+
+def test_paper_preset():
+    cb = CoMHE.paper()
+    assert (cb.projection, cb.k, cb.m, cb.redraw, cb.p_steps, cb.eps, cb.hidden, cb.output) == ('random', 40, 20, 1, 0, 1e-4, 1., 10.)
+    cb = CoMHE.paper('angle')
+    assert (cb.k, cb.m, cb.redraw, cb.p_steps, cb.unrolled, cb.p_lr, cb.p_mom, cb.p_wd) == (30, 1, 0, 1, True, None, 0., 1e-3*5e-4)
+    cb = CoMHE.paper('adversarial')
+    assert (cb.k, cb.m, cb.redraw, cb.p_steps, cb.half_space, cb.s) == (30, 1, 0, 10, True, 2.)
+
+def test_paper_roles_on_cnn9():
+    "First layer half space, output full space, all others projected, as the authors' graph has it"
+    cb = CoMHE.paper()
+    cb.model,cb.learn = create_model('cnn9', 3, 100, 32, seed=0),None
+    cb.selected = select_layers(cb.model)
+    cb.setup()
+    roles = list(cb.roles.values())
+    assert roles == ['half'] + ['project']*9 + ['full']
+    assert len({y.shape[-2:] for y in cb._neurons(False).values() if y.shape[1]==20}) == 3
+
+@pytest.mark.parametrize('o,what', [(dict(steps=1), 'steps=1'), (dict(projection='group', m=2), 'm=2'), (dict(projection='group', redraw=1), 'redraw=1'), (dict(output_layer='x'), "'x'"),
+    (dict(k=2.5), 'k=2.5'), (dict(p_wd=-1.), 'p_wd=-1.0'), (dict(seed=-1), 'seed=-1'), (dict(s=-1.), 's=-1.0')], ids=str)
+def test_callback_refuses_at_construction(o, what):
+    with pytest.raises(ValueError, match=what): CoMHE(**o)
+
+def test_nothing_to_project_is_refused():
+    with pytest.raises(ValueError, match=r'k=100: no layer to project.*\[9, 36, 8'): fit(learner(Odd(), CoMHE(k=100)))
+
+SETTINGS = [dict(projection='random', m=3, redraw=3, reduce='max'), dict(projection='angle', unrolled=False, k=5, m=2, share_basis=True, output_layer='project'),
+    dict(projection='adversarial', steps=2, redraw=3, p_mom=.5, first_layer='project', k=8), dict(projection='group', reduce='max')]
+@pytest.mark.parametrize('o', SETTINGS, ids=str)
+def test_contract(o): assert set(check_regularizer(partial(CoMHE, **o)).result) == {'kept'}
+
+@pytest.mark.parametrize('kind', ['random', 'angle', 'adversarial'])
+def test_contract_of_the_paper_preset(kind): assert set(check_regularizer(partial(CoMHE.paper, kind)).result) == {'kept'}
+
+def test_composes_with_mhe():
+    def grads(*cbs):
+        torch.manual_seed(0)
+        learn,seen = learner(Odd(), *cbs),[]
+        def keep(cb):
+            seen.extend(p.grad.clone() for p in cb.model.parameters())
+            raise CancelFitException()
+        with torch.random.fork_rng(): fit(learn, cbs=Callback(before_step=keep))
+        return seen
+    a,b,both,swapped,none = [grads(*[c() for c in cs]) for cs in ([partial(CoMHE, k=10)], [MHE], [partial(CoMHE, k=10), MHE], [MHE, partial(CoMHE, k=10)], [])]
+    for x,y,z,v,n in zip(a, b, both, swapped, none): assert torch.allclose(x+y-n, z, atol=1e-5) and torch.allclose(z, v, atol=1e-6)
