@@ -29,7 +29,7 @@ from .experiments.sweep import load_sweep, run_sweep
 from .models import MODELS
 
 # %% ../nbs/cli.ipynb #d430f3b8
-SIZES = dict(digits=(200,60), fashion_mnist=(1000,40), cifar10=(1000,40), cifar100=(5000,40)) # training images, epochs
+SIZES = dict(digits=(200,40), fashion_mnist=(1000,40), cifar10=(1000,40), cifar100=(5000,40)) # training images, epochs
 
 def comparison_runs(
     data:str='digits', # a key of `DATASETS`
@@ -96,7 +96,7 @@ Data = Annotated[str, _opt(f"Data set: {_names(DATASETS)}.")]
 NTrain = Annotated[int|None, _opt("Training images, class-balanced. Default: digits 200, cifar100 5000, else 1000.")]
 Methods = Annotated[str|None, _opt(f"Comma-separated, from: {_names(METHODS)}. Default: all.")]
 Seeds = Annotated[int, _opt("Runs of every method, with seeds 0, 1, ...")]
-Epochs = Annotated[int|None, _opt("Passes over the training images. Default: 60 for digits, else 40.")]
+Epochs = Annotated[int|None, _opt("Passes over the training images. Default: 40.")]
 Model = Annotated[str, _opt(f"Network: {_names(MODELS)}.")]
 Augment = Annotated[bool, _opt("Random crops, and flips where they do no harm.")]
 Out = Annotated[Path|None, _opt("Folder for the results. Default: compare/DATA-N_TRAIN.")]
