@@ -6,10 +6,11 @@
 __all__ = ['SIZES', 'app', 'Data', 'NTrain', 'Methods', 'Seeds', 'Epochs', 'Model', 'Augment', 'Out', 'Root', 'Jobs', 'Spec',
            'SweepOut', 'Budget', 'Engine', 'Address', 'Recorded', 'Where', 'Over', 'Metric', 'Baseline', 'Export',
            'Plot', 'Name', 'Download', 'Bench', 'Kept', 'comparison_runs', 'report', 'compare', 'show_comparison',
-           'sweep', 'filter_rows', 'show_results', 'results', 'data_command', 'bench', 'main']
+           'sweep', 'filter_rows', 'tell_apart', 'show_results', 'results', 'data_command', 'bench', 'main']
 
 # %% ../nbs/cli.ipynb #f5084323
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -196,14 +197,27 @@ def filter_rows(
         df = df[values==float(v)] if numeric else df[values.astype(str)==v.strip()]
     return df
 
+# %% ../nbs/cli.ipynb #21a4a845
+def tell_apart(
+    df:pd.DataFrame # rows
+)->tuple: # the rows, methods named with their settings where these vary; the columns that tell comparisons apart
+    "Find what a comparison must not mix."
+    over,df = ['data','n_train'],df.assign(settings=df.settings.map(lambda o: ' '.join(f'{k}={v}' for k,v in o.items())))
+    def varies(c): return df.groupby([*over,'method','seed'], dropna=False)[c].nunique(dropna=False).max()>1
+    names = [f.name for f in fields(Run) if f.name in df and f.name not in (*over,'experiment','method','seed','settings')]
+    over = over + [c for c in names if varies(c)]
+    if varies('settings'): df = df.assign(method=(df.method+' '+df.settings).str.strip())
+    return df,over
+
 def show_results(
     df:pd.DataFrame, # rows
     console:Console, # where to print
-    over=('data','n_train'), # columns that tell comparisons apart
+    over=None, # columns that tell comparisons apart; None for data, n_train and what `tell_apart` finds
     **kwargs # options of `comparison`
 )->pd.DataFrame: # the table
     "Print comparisons and what they show."
-    table = comparisons(df, list(over), **kwargs)
+    if over is None: df,over = tell_apart(df)
+    table = comparisons(df, over, **kwargs)
     console.print(as_rich(table))
     console.print(verdict(table), highlight=False, markup=False)
     return table
@@ -211,7 +225,7 @@ def show_results(
 # %% ../nbs/cli.ipynb #6aea14e6
 Recorded = Annotated[Path, typer.Argument(help="Folder of a sweep or comparison or of .jsonl files, or one such file.")]
 Where = Annotated[list[str]|None, _opt("Keep rows with column=value; may be repeated.")]
-Over = Annotated[str, _opt("Comma-separated columns that tell comparisons apart.")]
+Over = Annotated[str|None, _opt("Comma-separated columns that tell comparisons apart. Default: data, n_train, and what varies.")]
 Metric = Annotated[str, _opt("What is compared: accuracy, or a loss such as loss or train_loss.")]
 Baseline = Annotated[str, _opt("What the others are compared with.")]
 Export = Annotated[Path|None, _opt("Write the rows (.jsonl, .csv) or the table (.md).")]
@@ -223,7 +237,7 @@ def _export(df, table, path):
     else: write_atomic(path, as_markdown(table) + '\n')
 
 @app.command()
-def results(path:Recorded, where:Where=None, over:Over='data,n_train', metric:Metric='accuracy',
+def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accuracy',
     baseline:Baseline='none', export:Export=None, plot:Plot=None):
     "Show, filter, export and draw recorded runs."
     for o,ok in ((export, ('.jsonl','.csv','.md')), (plot, ('.png','.svg','.pdf'))):
@@ -232,7 +246,7 @@ def results(path:Recorded, where:Where=None, over:Over='data,n_train', metric:Me
     df = filter_rows(df[df.experiment!='tune'] if len(df) else df, where)
     if not len(df): raise ValueError(f"no runs in {path}" + (f" with {' and '.join(where)}" if where else ''))
     up = dict(metric=metric, baseline=baseline, higher_is_better=not metric.endswith('loss'))
-    table = show_results(df, console, [o.strip() for o in over.split(',')], **up)
+    table = show_results(df, console, [o.strip() for o in over.split(',')] if over else None, **up)
     if export: _export(df, table, export)
     if plot:
         fig = plot_comparisons(table)[0,0].figure

@@ -100,6 +100,17 @@ def test_sweep_stops_at_its_budget_and_goes_on(tmp_path):
     assert set(kept.key)==set(rows.key) and set(kept.experiment)=={'small'} and len(load_results(tmp_path/'trials.jsonl'))==8
     assert {'space','chosen','trial','study'} <= set(json.loads((tmp_path/'trials.jsonl').read_text().splitlines()[0]))
 
+def test_a_grid_of_settings_and_models_is_told_apart(tmp_path, capsys, monkeypatch):
+    "Each model has its comparison, and each setting of a method is a method of its own"
+    monkeypatch.chdir(tmp_path)
+    Path('grid.toml').write_text('methods = ["none", "mhe"]\nseeds = 2\nepochs = 1\nn_train = 40\nwidth = [0.5, 1.0]\n[settings.mhe]\nlam = [0.1, 1.0]\n')
+    with pytest.raises(SystemExit) as e: cli.main(['sweep', 'grid.toml', '--jobs', '1'])
+    out = capsys.readouterr()
+    assert e.value.code==0, out.err
+    df,over = cli.tell_apart(load_results('sweeps/grid/results.jsonl'))
+    assert over==['data','n_train','width'] and set(df.method)=={'none','mhe lam=0.1 s=2.0','mhe lam=1.0 s=2.0'}
+    assert 'mhe lam=0.1' in out.out and 'digits, 40, 0.5' in out.out and 'digits, 40, 1' in out.out
+
 def test_sweep_and_results_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('small.toml').write_text(SPEC)

@@ -97,8 +97,7 @@ def load_sweep(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: give the .toml file of an experiment")
     try: return parse_sweep(tomllib.loads(path.read_text()), path.stem)
-    except (tomllib.TOMLDecodeError, TypeError, AttributeError) as e: raise ValueError(f"{path}: {e}") from e
-    except ValueError as e: raise ValueError(f"{path}: {e}") from e
+    except (ValueError, TypeError, AttributeError) as e: raise ValueError(f"{path}: {e}") from e
 
 # %% ../../nbs/experiments/sweep.ipynb #05bff12d
 def run_sweep(
