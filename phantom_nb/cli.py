@@ -202,7 +202,8 @@ def tell_apart(
     df:pd.DataFrame # rows
 )->tuple: # the rows, methods named with their settings where these vary; the columns that tell comparisons apart
     "Find what a comparison must not mix."
-    over,df = ['data','n_train'],df.assign(settings=df.settings.map(lambda o: ' '.join(f'{k}={v}' for k,v in o.items())))
+    def words(o): return ' '.join(f'{k}={v}' for k,v in o.items())
+    over,df = ['data','n_train'],df.assign(settings=df.settings.map(words))
     def varies(c): return df.groupby([*over,'method','seed'], dropna=False)[c].nunique(dropna=False).max()>1
     names = [f.name for f in fields(Run) if f.name in df and f.name not in (*over,'experiment','method','seed','settings')]
     over = over + [c for c in names if varies(c)]
@@ -225,7 +226,7 @@ def show_results(
 # %% ../nbs/cli.ipynb #6aea14e6
 Recorded = Annotated[Path, typer.Argument(help="Folder of a sweep or comparison or of .jsonl files, or one such file.")]
 Where = Annotated[list[str]|None, _opt("Keep rows with column=value; may be repeated.")]
-Over = Annotated[str|None, _opt("Comma-separated columns that tell comparisons apart. Default: data, n_train, and what varies.")]
+Over = Annotated[str|None, _opt("Comma-separated columns that tell comparisons apart. Default: what varies.")]
 Metric = Annotated[str, _opt("What is compared: accuracy, or a loss such as loss or train_loss.")]
 Baseline = Annotated[str, _opt("What the others are compared with.")]
 Export = Annotated[Path|None, _opt("Write the rows (.jsonl, .csv) or the table (.md).")]
