@@ -205,7 +205,8 @@ def tell_apart(
     def words(o): return ' '.join(f'{k}={v}' for k,v in o.items())
     over,df = ['data','n_train'],df.assign(settings=df.settings.map(words))
     def varies(c): return df.groupby([*over,'method','seed'], dropna=False)[c].nunique(dropna=False).max()>1
-    names = [f.name for f in fields(Run) if f.name in df and f.name not in (*over,'experiment','method','seed','settings')]
+    known = *over,'experiment','method','seed','settings'
+    names = [f.name for f in fields(Run) if f.name in df and f.name not in known]
     over = over + [c for c in names if varies(c)]
     if varies('settings'): df = df.assign(method=(df.method+' '+df.settings).str.strip())
     return df,over
