@@ -302,6 +302,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'phantom_nb/experiments/stats.py'),
                                               'phantom_nb.experiments.stats.as_rich': ( 'experiments/stats.html#as_rich',
                                                                                         'phantom_nb/experiments/stats.py'),
+                                              'phantom_nb.experiments.stats.claims': ( 'experiments/stats.html#claims',
+                                                                                       'phantom_nb/experiments/stats.py'),
                                               'phantom_nb.experiments.stats.comparison': ( 'experiments/stats.html#comparison',
                                                                                            'phantom_nb/experiments/stats.py'),
                                               'phantom_nb.experiments.stats.comparisons': ( 'experiments/stats.html#comparisons',

@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from rich.console import Console
 from scipy import stats
 
-from phantom_nb.experiments.stats import (as_markdown, as_rich, comparison, comparisons, effect_size, holm, mean_interval, paired_difference,
+from phantom_nb.experiments.stats import (as_markdown, as_rich, claims, comparison, comparisons, effect_size, holm, mean_interval, paired_difference,
     plot_comparison, plot_comparisons, smallest_detectable, verdict)
 
 LUCK = np.array([.5,.6,.4,.7])
@@ -301,3 +301,13 @@ def test_loss_is_drawn_in_its_own_unit():
     assert axs[0].get_xlabel()=='test loss' and axs[1].get_xlabel()=='difference to none'
     assert places(axs[0], tick_names(axs[0]))==pytest.approx(table.loss.to_dict())
     plt.close('all')
+
+def test_claims_are_answered_in_their_direction_and_corrected_over_the_whole_table():
+    d = np.array([.010, .012, .009, .011, .013])
+    df = pd.concat([frame(dict(none=.5+0*d, a=.5+d, b=.5-d), data='x', n_train=9),
+        frame(dict(none=.5+0*d, a=.489+d), data='y', n_train=9)])
+    t = claims(df, [('a','none'), ('b','none')])
+    assert t.answer.to_dict()=={('a > none','x',9):'yes', ('a > none','y',9):'unclear', ('b > none','x',9):'no'}
+    assert t.loc['a > none','x'].p_holm.item()==pytest.approx(3*stats.ttest_1samp(d, 0).pvalue)
+    assert claims(df, [('a','none')], higher_is_better=False).answer.tolist()==['no','unclear']
+    with pytest.raises(ValueError, match="no rows of 'c': run it"): claims(df, [('c','none')])

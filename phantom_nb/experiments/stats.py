@@ -5,7 +5,7 @@ be seen"""
 
 # %% auto #0
 __all__ = ['mean_interval', 'paired_difference', 'effect_size', 'holm', 'smallest_detectable', 'comparison', 'comparisons',
-           'verdict', 'as_rich', 'as_markdown', 'plot_comparison', 'plot_comparisons']
+           'verdict', 'as_rich', 'as_markdown', 'plot_comparison', 'plot_comparisons', 'claims']
 
 # %% ../../nbs/experiments/stats.ipynb #642b99f9
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -317,3 +317,21 @@ def plot_comparisons(
     fig.suptitle(title)
     fig.supxlabel(f"difference to {_against(table)}", fontsize='medium')
     return axs
+
+# %% ../../nbs/experiments/stats.ipynb #076bbb4d
+def claims(
+    df:pd.DataFrame, # one row a run, as for `comparisons`
+    pairs, # (a, b) each: the claim that method `a` is better than `b`
+    over=('data','n_train'), # columns that tell the settings apart
+    level:float=.95, # coverage of an interval, and of all answers together, in (0,1)
+    by:str='method', # column that names what is compared
+    higher_is_better:bool=True, # False for a loss or an error
+    **kwargs # further options of `comparison`
+)->pd.DataFrame: # one row a claim and setting where both were run: diff (a - b), its interval, pairs, p_holm, answer
+    "Answer claims of order by paired differences (Student 1908, Holm 1979); an unfit frame raises a `ValueError`."
+    for o in {o for p in pairs for o in p} - set(df[by]): raise ValueError(f"no rows of {o!r}: run it, or leave it out")
+    def asked(a, b): return comparisons(df[df[by].isin((a,b))], over, baseline=b, level=level, by=by, **kwargs)
+    t = pd.concat({f'{a} > {b}':asked(a, b).xs(a, level=by) for a,b in pairs}, names=['claim']).dropna(subset='diff')
+    t = t[[*_DIFF,'pairs']].assign(p_holm=holm(t.p))
+    said = np.where((t['diff']>0)==higher_is_better, 'yes', 'no')
+    return t.assign(answer=np.where(t.p_holm<=1-level, said, 'unclear'))
