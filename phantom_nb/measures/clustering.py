@@ -158,9 +158,9 @@ def _mean_std(n, s, ss):
     mean = s/n
     return mean,(ss/n-mean.square()).clamp_min(0).sqrt()
 
+# %% ../../nbs/measures/clustering.ipynb #86925577
 def _alive(x): return x.amax(0)>=0
 
-# %% ../../nbs/measures/clustering.ipynb #86925577
 def _hierarchy(x, superclass, subclass):
     "Numbers of superclasses and subclasses (N,), and the superclass of each subclass (K,)"
     (sups,s),(subs,c) = _codes(superclass, x, 'superclasses'),_codes(subclass, x, 'subclasses')
@@ -204,6 +204,7 @@ def layer_silhouette(
         out[names] = torch.zeros_like(out[names]).index_add_(0, y, sil)/y.bincount()
     return out
 
+# %% ../../nbs/measures/clustering.ipynb #8fb0a8f9
 def unit_variance_ratio(
     a, # (N,U) pre-activations of a layer
     y # (N,) class of each sample
