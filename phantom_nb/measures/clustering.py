@@ -131,7 +131,7 @@ def _spread(x, index=None, fn=None):
             if g is None: g = u.new_zeros(len(mu), len(mu))
             for i in range(0, len(mu), w): g[i:i+w,i:].addmm_(u[:,i:i+w].T, u[:,i:])
     if few: g,w = torch.cat(us),n
-    norm2,q,m = (g@g.T).square().sum() if few else _gram_norm2(g, w),torch.cat(q),m/n**2
+    norm2,q,m = (g@g.T).square().sum() if few else _gram_norm2(g, w),torch.cat(q),m.to(mu.dtype)/n**2
     return _finite(q.var(correction=0)/2 + norm2/n**2 - m*(1-2*q.mean()+m)).clamp_min(0).sqrt()
 
 def cosine_distance_std(

@@ -10,6 +10,7 @@ import math
 from itertools import combinations
 
 import numpy as np, pandas as pd
+from scipy.special import entr, rel_entr
 from scipy.stats import kendalltau
 
 # %% ../../nbs/measures/ranking.ipynb #865ab3e2
@@ -80,12 +81,9 @@ def _information(v, w, u):
     cells = np.zeros((u.max()+1, 2, 2))
     np.add.at(cells, (u, (v>0).astype(int), (w>0).astype(int)), 1)
     n = cells.sum((1,2), keepdims=True)
-    a,b = cells.sum(2, keepdims=True)/n,cells.sum(1, keepdims=True)/n
-    p = cells/n
-    with np.errstate(divide='ignore', invalid='ignore'):
-        info,entropy = np.nansum(p*np.log(p/(a*b)), (1,2)),-np.nansum(b*np.log(b), (1,2))
-    share = n[:,0,0]/n.sum()
-    return info@share,entropy@share
+    p,share = cells/n,n[:,0,0]/n.sum()
+    a,b = p.sum(2, keepdims=True),p.sum(1, keepdims=True)
+    return rel_entr(p, a*b).sum((1,2))@share,entr(b).sum((1,2))@share
 
 def _criterion(m, t, codes, size):
     "K of (2)"
