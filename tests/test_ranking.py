@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from scipy.stats import kendalltau
 
 from phantom_nb.measures.ranking import bootstrap_interval, conditional_information, granulated_kendall, kendall, rank_measures
 from phantom_nb.measures.ranking import rank_scores
