@@ -5,28 +5,31 @@
 # %% auto #0
 __all__ = ['SIZES', 'app', 'Data', 'NTrain', 'Methods', 'Seeds', 'Epochs', 'Model', 'Augment', 'Out', 'Root', 'Jobs', 'Spec',
            'SweepOut', 'Budget', 'Engine', 'Address', 'Recorded', 'Where', 'Over', 'Metric', 'Baseline', 'Export',
-           'Plot', 'Name', 'Download', 'Bench', 'Kept', 'comparison_runs', 'report', 'compare', 'show_comparison',
-           'sweep', 'filter_rows', 'tell_apart', 'show_results', 'results', 'data_command', 'bench', 'main']
+           'Plot', 'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Sample', 'Figure', 'comparison_runs', 'report',
+           'compare', 'show_comparison', 'sweep', 'filter_rows', 'tell_apart', 'show_results', 'results',
+           'data_command', 'bench', 'open_learner', 'loaders_for', 'measure', 'main']
 
 # %% ../nbs/cli.ipynb #f5084323
-import sys
+import sys, warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt, pandas as pd, typer
+import matplotlib.pyplot as plt, pandas as pd, torch, typer
+from fastai.basics import Learner, load_learner
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .data import DATASETS, available, load_dataset
+from .data import DATASETS, available, get_dls, load_dataset
 from .experiments.bench import BENCHES, save_bench
 from .experiments.methods import METHODS, one_of
 from .experiments.runner import ENGINES, Run, load_results, make_learner, run_many, save_results, write_atomic
 from .experiments.stats import as_markdown, as_rich, comparison, comparisons, plot_comparison, verdict
 from .experiments.stats import plot_comparisons
 from .experiments.sweep import load_sweep, run_sweep
+from .measures.intraclass import intraclass_report
 from .models import MODELS
 
 # %% ../nbs/cli.ipynb #d430f3b8
@@ -285,6 +288,70 @@ def bench(name:Bench, out:Kept=Path('results')):
     for _,r in df.iterrows(): table.add_row(*[show(r[k]) for k in cols])
     console.print(table)
     console.print(f"Kept in {save_bench(name, df, out)}")
+
+# %% ../nbs/cli.ipynb #6a2b8e33
+def open_learner(
+    path # file of `learn.export`
+)->Learner: # on the CPU
+    "Load a learner; `FileNotFoundError` or `ValueError` that says what to do."
+    path,remedy = Path(path),"save one with learn.export('learner.pkl')"
+    if not path.is_file(): raise FileNotFoundError(f"no learner at {str(path)!r}: {remedy}, and give its file")
+    try:
+        with warnings.catch_warnings(action='ignore'): learn = load_learner(path)
+    except Exception as e:
+        what = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        raise ValueError(f"{str(path)!r} cannot be opened as a learner ({what}): {remedy}") from e
+    if isinstance(learn, Learner): return learn
+    raise ValueError(f"{str(path)!r} holds a {type(learn).__name__}, not a learner: {remedy}")
+
+def loaders_for(
+    learn:Learner, # what was loaded
+    data:str, # a key of `DATASETS`
+    n:int, # images, >= 2
+    root=None # folder to look for the data first
+):
+    "Make loaders of `data` that fit the learner's network; `ValueError` if none do."
+    d,remedy = load_dataset(data, root),"give --data the one it was trained on"
+    shape,n_all,kinds = tuple(d.x_train.shape[1:]),len(d.x_train),(len(d.classes), len(d.coarse_names))
+    if not kinds[0]<=n<=n_all: raise ValueError(f"--n {n}: give {kinds[0]} (one a class) to {n_all} images")
+    seen = getattr(getattr(learn.dls.train, 'dataset', None), 'x', None)
+    if isinstance(seen, torch.Tensor) and seen.shape[1:]!=shape:
+        raise ValueError(f"the network was trained on images of {_by(seen.shape[1:])}, {data} has {_by(shape)}: {remedy}")
+    try:
+        with torch.no_grad(): n_out = learn.model.eval()(torch.zeros(2, *shape)).shape[1]
+    except (RuntimeError, ValueError, IndexError) as e:
+        what = str(e).partition('\n')[0]
+        raise ValueError(f"the network cannot read {data}'s images of {_by(shape)} ({what}): {remedy}") from e
+    if n_out in kinds: return get_dls(d, n_train=n, n_valid=0, coarse=n_out!=kinds[0], device='cpu')
+    raise ValueError(f"the network has {n_out} outputs, {data} {kinds[0]} classes and {kinds[1]} superclasses: {remedy}")
+
+def _by(shape): return '×'.join(map(str, shape))
+
+# %% ../nbs/cli.ipynb #77c3304b
+Saved = Annotated[Path, typer.Argument(help="File of learn.export. It is a pickle: open only what you trust.")]
+Sample = Annotated[int, _opt("Training images to measure on, class-balanced.")]
+Figure = Annotated[Path|None, _opt("File of the figure (.png, .svg, .pdf). Default: LEARNER.png beside the learner.")]
+
+@app.command()
+def measure(learner:Saved, data:Data='digits', n:Sample=1000, plot:Figure=None, root:Root=None):
+    "Report how much a saved learner tells apart inside its classes, by layer; save the figure."
+    one_of(data, DATASETS, 'data set')
+    plot = plot or learner.with_suffix('.png')
+    ok = '.png','.svg','.pdf'
+    if plot.suffix not in ok: raise ValueError(f"{str(plot)!r}: give a file name that ends in {', '.join(ok)}")
+    if not plot.parent.is_dir(): raise ValueError(f"{str(plot)!r}: the folder does not exist, make it first")
+    learn,console = open_learner(learner),Console()
+    table,fig = intraclass_report(learn, n, dl=loaders_for(learn, data, n, root).train)
+    fig.savefig(plot, dpi=150)
+    plt.close(fig)
+    right = f"{100*table.attrs['accuracy']:.1f}% right"
+    console.print(f"{learner.name} on {table.attrs['n']} training images of {data}: {right}", highlight=False)
+    out = Table('layer', *table.columns, box=SIMPLE, pad_edge=False)
+    def show(v): return '-' if pd.isna(v) else f'{v:.3f}'
+    for k,r in table.iterrows(): out.add_row(str(k), *map(show, r), end_section=k==table.index[-2])
+    console.print(out)
+    console.print("Larger is better for all; compare networks trained on the same classes.", style='dim')
+    console.print(f"Figure: {plot}", soft_wrap=True, highlight=False)
 
 # %% ../nbs/cli.ipynb #6e490986
 def main(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'plain_energy', 'best_seconds', 'bench_energy', 'plain_epoch', 'bench_loop', 'comhe_penalties',
-           'bench_comhe', 'save_bench']
+           'bench_comhe', 'bench_measures', 'save_bench']
 
 # %% ../../nbs/experiments/bench.ipynb #b47c54d7
 import resource, subprocess, sys, tempfile
@@ -13,10 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd, torch
+from sklearn.metrics import silhouette_samples
+from sklearn.metrics.pairwise import cosine_distances
 from torch.nn import functional as F
 
 from ..core import select_layers
 from .runner import Checkpoint, Run, make_learner, provenance, write_rows
+from ..measures.clustering import cosine_distance_std, silhouette_cosine
 from ..models import create_model
 from ..regularizers.hyperspherical import CoMHE, hyperspherical_energy
 
@@ -201,6 +204,30 @@ def bench_comhe(
     return pd.DataFrame(rows).assign(**provenance(device))
 
 BENCHES['comhe'] = bench_comhe
+
+# %% ../../nbs/experiments/bench.ipynb #04d31de4
+def bench_measures(
+    n:int=10_000, # samples
+    units:int=640, # units
+    classes:int=10, # clusters
+    seconds:float=2. # how long to repeat each program
+)->pd.DataFrame: # a row a measure: milliseconds, speedup, largest difference, and what measured it
+    "Measure the linear silhouettes and spread against scikit-learn and the full matrix, on the CPU."
+    gen = torch.Generator().manual_seed(0)
+    y = torch.arange(n)%classes
+    x = (torch.randn(classes, units, generator=gen)[y] + 2*torch.randn(n, units, generator=gen)).relu()
+    a,b = x.numpy(),y.numpy()
+    def sklearn(): return silhouette_samples(a, b, metric='cosine')
+    pairs = dict(silhouette_cosine=(partial(silhouette_cosine, x, y), sklearn),
+        cosine_distance_std=(partial(cosine_distance_std, x), lambda: cosine_distances(a).std()))
+    rows = []
+    for name,(ours,plain) in pairs.items():
+        t,t_plain = best_seconds(ours, plain, seconds=seconds, rounds=2)
+        gap = float(abs(ours().numpy()-plain()).max())
+        rows.append(dict(measure=name, n=n, units=units, plain_ms=1e3*t_plain, ours_ms=1e3*t, speedup=t_plain/t, gap=gap))
+    return pd.DataFrame(rows).assign(**provenance('cpu'))
+
+BENCHES['measures'] = bench_measures
 
 # %% ../../nbs/experiments/bench.ipynb #e25e4dd7
 def save_bench(

@@ -1,0 +1,138 @@
+"The monitor and the report on learners of all kinds: nothing of the training changes, wrong input is refused; the command"
+import matplotlib, numpy as np, pytest, torch
+from fastai.basics import DataLoaders, Learner, MSELossFlat
+from fastai.callback.progress import ProgressCallback
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from phantom_nb.cli import main
+from phantom_nb.data import available, get_dls
+from phantom_nb.measures.intraclass import IntraclassMonitor, capture, intraclass_report, sample_batches, variance_ratio
+from phantom_nb.measures.intraclass import subclass_silhouette
+from phantom_nb.models import create_model
+
+matplotlib.use('agg')
+needs_fashion = pytest.mark.skipif(not available().found['fashion_mnist'], reason='Fashion-MNIST is not here')
+
+def learner(*cbs, coarse=True, dls=None, **kwargs):
+    dls = dls or get_dls('digits', n_train=100, n_valid=20, coarse=coarse, augment=True, seed=0)
+    learn = Learner(dls, create_model('small_cnn', n_out=2 if coarse else 10, size=8, seed=0), cbs=cbs, **kwargs)
+    learn.logger,learn.create_mbar = (lambda *_: None),False
+    return learn.remove_cb(ProgressCallback)
+
+def weights(learn): return list(learn.model.state_dict().values())
+
+@pytest.mark.parametrize('kw', [dict(), dict(interpolate=True, keep=True), dict(every=2, layers='stage3.*', c3=2)], ids=str)
+def test_training_does_not_notice_the_monitor(kw):
+    plain,watched = learner(),learner(IntraclassMonitor(n=50, **kw))
+    for l in (plain, watched):
+        torch.manual_seed(0)
+        l.fit(3, 1e-2)
+        l.rng = torch.rand(3)
+    assert all(map(torch.equal, weights(plain), weights(watched))) and torch.equal(plain.rng, watched.rng)
+
+def test_values_are_those_of_the_trained_network_on_its_sample():
+    learn = learner(IntraclassMonitor(n=60, keep=True))
+    learn.fit(2, 1e-2)
+    mon = learn.intraclass_monitor
+    df,(batches,idx) = mon.to_frame(),sample_batches(learn.dls.train, 60)
+    y,sub = torch.cat([y for _,y in batches]),learn.dls.train_ds.fine[idx]
+    assert torch.equal(y, learn.dls.train_ds.y[idx]) and torch.equal(mon.sublabels, sub)
+    acts = capture(learn.model, batches)
+    assert df.epoch.tolist()==[0,1,2] and df.c3.iloc[-1]==pytest.approx(variance_ratio(acts, y), rel=1e-6)
+    assert df.c2.iloc[-1]==pytest.approx(subclass_silhouette(acts, y, sub), rel=1e-5)
+    assert all(torch.equal(mon.acts[2][k], acts[k]) for k in acts) and not torch.equal(mon.acts[0]['stage3.1.relu'], mon.acts[2]['stage3.1.relu'])
+    with torch.no_grad(): right = sum((learn.model.eval()(x).argmax(1)==y).sum().item() for x,y in batches)/60
+    assert df.accuracy.iloc[-1]==pytest.approx(right)
+    assert list(mon.profiles().xs(2).index)==[*acts,'network'] and len(mon.plot())==2
+
+def test_sample_is_random_unaugmented_and_fixed():
+    dls = get_dls('digits', n_train=300, augment=True, seed=0)
+    (a,idx),(b,_) = sample_batches(dls.train, 40),sample_batches(dls.train, 40)
+    assert all(torch.equal(x, z) for (x,_),(z,_) in zip(a, b)) and dls.train.epoch==0
+    plain = dls.train.new(shuffle=False, bs=300).one_batch()[0][idx]
+    assert torch.equal(torch.cat([x for x,_ in a]), plain)
+    assert idx.max()>200 and not torch.equal(idx, sample_batches(dls.train, 40, seed=1)[1])
+
+def test_epochs_that_are_measured():
+    learn = learner(IntraclassMonitor(n=30, every=2))
+    learn.fit(5, 1e-3)
+    assert learn.intraclass_monitor.to_frame().epoch.tolist()==[0,2,4,5]
+    learn.fit(1, 1e-3)
+    assert learn.intraclass_monitor.to_frame().epoch.tolist()==[0,1]
+    learn.lr_find(num_it=12, show_plot=False)
+    assert learn.intraclass_monitor.to_frame().epoch.tolist()==[0,1]
+
+def test_without_subclasses():
+    learn = learner(IntraclassMonitor(n=50), coarse=False)
+    learn.fit(1, 1e-2)
+    assert list(learn.intraclass_monitor.to_frame())==['epoch','accuracy','c3','c4']
+    table,fig = intraclass_report(learn, n=50)
+    assert list(table)==['c3','c4'] and table.attrs['n']==50 and len(fig.axes)==3
+
+def test_export_leaves_the_images_out(tmp_path):
+    learn = learner(IntraclassMonitor(n=50))
+    learn.path = tmp_path
+    learn.fit(1, 1e-2)
+    learn.intraclass_monitor._sample = 'images'
+    learn.export('a.pkl')
+    assert torch.load(tmp_path/'a.pkl', weights_only=False).intraclass_monitor._sample is None
+
+def test_loaders_of_pytorch_and_frozen_batch_normalization():
+    x,y = torch.randn(64, 1, 8, 8),torch.arange(64)%2
+    dl = DataLoader(TensorDataset(x, y), 16, shuffle=True)
+    learn = learner(IntraclassMonitor(n=40, subclass=np.arange(64)%4), dls=DataLoaders(dl, dl), loss_func=nn.CrossEntropyLoss())
+    learn.fit(1, 1e-2)
+    assert 'c2' in learn.intraclass_monitor.to_frame()
+
+@pytest.mark.parametrize('kw,message', [(dict(n=1), 'n=1'), (dict(subclass=[1,2]), 'subclass has 2 labels for 100'), (dict(layers='fc'), "layers='fc'"),
+    (dict(c9=2), 'c9')])
+def test_refused_before_training(kw, message):
+    learn = learner(IntraclassMonitor(**kw))
+    before = [w.clone() for w in weights(learn)]
+    with pytest.raises(ValueError, match=message): learn.fit(1, 1e-2)
+    assert all(map(torch.equal, weights(learn), before))
+
+def test_refused_at_once():
+    with pytest.raises(ValueError, match='every=0'): IntraclassMonitor(every=0)
+    with pytest.raises(ValueError, match='fit first'): IntraclassMonitor().plot()
+    with pytest.raises(ValueError, match='interpolate=True needs subclasses'): learner(IntraclassMonitor(interpolate=True), coarse=False).fit(1)
+
+def test_labels_that_are_no_classes():
+    dl = DataLoader(TensorDataset(torch.randn(20, 1, 8, 8), torch.randn(20, 2)), 5)
+    with pytest.raises(ValueError, match='one class a sample'): intraclass_report(learner(dls=DataLoaders(dl, dl), loss_func=MSELossFlat()))
+
+
+# phantom_nb measure
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    d = tmp_path_factory.mktemp('saved')
+    for name,coarse in (('fine', False), ('coarse', True)):
+        learn = learner(coarse=coarse)
+        learn.path = d
+        learn.fit(1, 1e-2)
+        learn.export(f'{name}.pkl')
+    torch.save(dict(a=1), d/'dict.pkl')
+    (d/'text.pkl').write_text('hello')
+    return d
+
+def run(capsys, *args):
+    "Exit status and what was printed"
+    try: main(['measure', *map(str, args)])
+    except SystemExit as e: return e.code or 0,' '.join(sum((o.split() for o in capsys.readouterr()), []))
+
+def test_report_of_a_saved_learner(saved, capsys, tmp_path):
+    code,out = run(capsys, saved/'fine.pkl', '--n', 100)
+    assert code==0 and 'stage3.1.relu' in out and 'network' in out and 'c4' in out and 'c1' not in out
+    assert (saved/'fine.png').stat().st_size>1000
+    code,out = run(capsys, saved/'coarse.pkl', '--n', 100, '--plot', tmp_path/'a.svg')
+    assert code==0 and 'c1' in out and (tmp_path/'a.svg').exists() and not (saved/'coarse.png').exists()
+
+@pytest.mark.parametrize('args,message', [(['none.pkl'], 'no learner at'), (['dict.pkl'], 'cannot be opened as a learner'),
+    (['text.pkl'], 'cannot be opened as a learner'), (['fine.pkl','--data','digit'], "did you mean 'digits'?"), (['fine.pkl','--n','4'], '--n 4'),
+    (['fine.pkl','--n','1001'], '--n 1001'), (['fine.pkl','--plot','a.txt'], "'a.txt': give a file name that ends in"),
+    (['fine.pkl','--plot','no/a.png'], 'the folder does not exist'), pytest.param(['fine.pkl','--data','fashion_mnist'], 'trained on images of 1×8×8', marks=needs_fashion)])
+def test_wrong_input_ends_in_one_sentence(saved, capsys, args, message):
+    code,out = run(capsys, saved/args[0], *args[1:])
+    assert code==2 and message in out and 'Traceback' not in out

@@ -1,0 +1,122 @@
+"Rank scores against the authors' recorded values, SciPy, loops and closed forms; gaps and ties"
+import json, math
+from itertools import product
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest
+from hypothesis import given, settings, strategies as st
+
+from phantom_nb.measures.ranking import bootstrap_interval, conditional_information, granulated_kendall, kendall, rank_measures
+from phantom_nb.measures.ranking import rank_scores
+
+REF = json.loads((Path(__file__).parent/'reference/intraclass.json').read_text())['kendall']
+RUNS = pd.DataFrame(REF['params']).assign(m=REF['measure'], acc=REF['test_accuracy'])
+HYPER = list(REF['granulated'])
+
+def test_parity_with_the_authors_code():
+    got = granulated_kendall(RUNS, 'm', 'acc', HYPER)
+    assert list(got.index)==[*HYPER,'mean']
+    assert all(abs(got[k]-v)<1e-12 for k,v in REF['granulated'].items())
+    assert got['mean']==pytest.approx(np.mean(list(REF['granulated'].values())))
+    assert kendall(RUNS, 'm', 'acc')==pytest.approx(REF['plain'], abs=1e-12)
+
+def loop(df, hyper):
+    "The authors' algorithm in words: groups, all ordered pairs, signs with copysign, pairs tied in both skipped"
+    out = {}
+    for h in hyper:
+        coeffs = []
+        for _,g in df.groupby([o for o in hyper if o!=h], dropna=False):
+            pairs = [(a,b) for a,b in product(zip(g.m, g.acc), repeat=2) if a!=b]
+            if pairs: coeffs.append(np.mean([math.copysign(1, a[0]-b[0])*math.copysign(1, a[1]-b[1]) for a,b in pairs]))
+        out[h] = np.mean(coeffs)
+    return out
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), levels=st.integers(2, 6))
+def test_against_a_loop_with_ties(seed, levels):
+    rng = np.random.default_rng(seed)
+    df = pd.DataFrame(list(product(range(3), 'ab', (.1,.2))), columns=['x','y','z']).sample(11, random_state=seed)
+    df = df.assign(m=rng.integers(levels, size=11), acc=rng.integers(levels, size=11))
+    try: got = granulated_kendall(df, 'm', 'acc', ['x','y','z'])
+    except ValueError: return # every pair that differs in one alone is tied in both
+    assert all(abs(got[k]-v)<1e-12 for k,v in loop(df, ['x','y','z']).items())
+
+def test_any_order_of_rows_and_any_index():
+    df = RUNS.sample(frac=1, random_state=0).set_index(np.zeros(36))
+    assert np.allclose(granulated_kendall(df, 'm', 'acc', HYPER), granulated_kendall(RUNS, 'm', 'acc', HYPER))
+    assert conditional_information(df, 'm', 'acc', HYPER)==pytest.approx(conditional_information(RUNS, 'm', 'acc', HYPER))
+
+def test_perfect_and_reversed():
+    df = RUNS.assign(up=RUNS.acc**3, down=-RUNS.acc)
+    assert (granulated_kendall(df, 'up', 'acc', HYPER)==1).all() and (granulated_kendall(df, 'down', 'acc', HYPER)==-1).all()
+    assert conditional_information(df, 'down', 'acc', HYPER)==pytest.approx(1)
+    assert kendall(df, 'up', 'acc')==pytest.approx(1)
+
+def test_hyperparameters_of_any_kind():
+    "Dicts (settings of a method), None, NaN and texts are values"
+    df = pd.DataFrame(dict(s=[dict(lam=1), dict(lam=2)]*2, w=[None,None,'a','a'], m=[1,2,1,2], acc=[1,2,2,1]))
+    got = granulated_kendall(df, 'm', 'acc', ['s','w'])
+    assert got['s']==0 and got['w']==0
+    df['w'] = [math.nan,math.nan,1.,1.]
+    assert granulated_kendall(df, 'm', 'acc', ['s','w'])['s']==0
+
+def test_seeds_are_kept_apart_by_by():
+    df = pd.concat([RUNS.assign(seed=0), RUNS.assign(seed=1, acc=-RUNS.acc)])
+    assert granulated_kendall(df, 'm', 'acc', HYPER, by='seed')['mean']==pytest.approx(0, abs=1e-12)
+    one = df[df.seed==0]
+    assert np.allclose(granulated_kendall(one, 'm', 'acc', HYPER, by=['seed']), granulated_kendall(RUNS, 'm', 'acc', HYPER))
+
+def test_a_measure_that_only_knows_one_hyperparameter():
+    df = pd.DataFrame(list(product(range(4), range(4))), columns=['d','l'])
+    df = df.assign(acc=df.d+.3*df.l, m=df.d-.01*df.l)
+    got = granulated_kendall(df, 'm', 'acc', ['d','l'])
+    assert got['d']==1 and got['l']==-1
+    assert conditional_information(df, 'm', 'acc', ['d','l'], size=0) > .2
+
+def test_information_by_hand():
+    "Four runs, no hyperparameter: signs agree in 4 of 6 pairs; 1-H(1/3) of one bit"
+    df = pd.DataFrame(dict(m=[1,2,3,4], acc=[2,1,4,3], h=[0]*4))
+    p = np.array([2/3,1/3])
+    assert conditional_information(df, 'm', 'acc', ['h'], size=0)==pytest.approx(1+(p*np.log2(p)).sum())
+
+def test_information_given_a_hyperparameter_that_explains_all():
+    "Given d of both runs the measure, which is d and noise, has little to tell about the order within d"
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(list(product(range(3), range(12))), columns=['d','l'])
+    df = df.assign(acc=df.d+.05*df.l, m=df.d+.01*rng.normal(size=36))
+    free,given = (conditional_information(df, 'm', 'acc', 'd', size=o) for o in (0, 1))
+    assert free>.3 and given<.1
+
+def test_intervals():
+    got = bootstrap_interval(RUNS, lambda d: rank_scores(d, 'm', 'acc', HYPER), times=60)
+    assert ((got.low<=got.estimate)|(got.index=='information')).all() and (got.low<got.high).all()
+    again = bootstrap_interval(RUNS, lambda d: rank_scores(d, 'm', 'acc', HYPER), times=60)
+    assert got.equals(again)
+    assert not got.equals(bootstrap_interval(RUNS, lambda d: rank_scores(d, 'm', 'acc', HYPER), times=60, seed=1))
+    assert bootstrap_interval(RUNS, lambda d: kendall(d, 'm', 'acc'), times=60).shape==(1,3)
+
+def test_interval_covers_the_truth():
+    "95% intervals of a rank correlation of normal variables, whose truth is 2/pi arcsin(r)"
+    truth,hits = 2/math.pi*math.asin(.6),0
+    for seed in range(40):
+        z = np.random.default_rng(seed).normal(size=(60, 2))
+        df = pd.DataFrame(dict(m=z[:,0], acc=.6*z[:,0]+.8*z[:,1]))
+        r = bootstrap_interval(df, lambda d: kendall(d, 'm', 'acc'), times=120).iloc[0]
+        hits += r.low<=truth<=r.high
+    assert hits>=33
+
+def test_several_measures_with_gaps_and_signs():
+    df = RUNS.assign(minus=-RUNS.m, gap=RUNS.m.where(RUNS.depth<3))
+    got = rank_measures(df, ['m','-minus','gap'], 'acc', HYPER, times=10)
+    assert got.loc['m'].equals(got.loc['-minus']) and set(got.loc['gap'].runs)=={24}
+
+BAD = RUNS.assign(m=RUNS.m.where(RUNS.depth<3))
+@pytest.mark.parametrize('f,message', [
+    (lambda: granulated_kendall(BAD, 'm', 'acc', HYPER), '12 of 36 runs'), (lambda: granulated_kendall(RUNS, 'c3', 'acc', HYPER), "no column 'c3'"),
+    (lambda: granulated_kendall(RUNS, 'm', 'acc', [*HYPER,'width']), "no column 'width'"), (lambda: granulated_kendall(RUNS, 'm', 'acc', []), 'empty'),
+    (lambda: granulated_kendall(RUNS[RUNS.wd==0], 'm', 'acc', HYPER), "differ in 'wd'"),
+    (lambda: granulated_kendall(RUNS.iloc[[0,7]], 'm', 'acc', HYPER), 'no two runs differ'), (lambda: kendall(RUNS[:1], 'm', 'acc'), '1 runs'),
+    (lambda: conditional_information(RUNS, 'm', 'acc', HYPER, size=-1), 'size=-1'), (lambda: bootstrap_interval(RUNS, len, level=2), 'level=2'),
+    (lambda: bootstrap_interval(RUNS, len, times=0), 'times=0'), (lambda: rank_measures(RUNS, ['-x'], 'acc', HYPER), "no column 'x'")])
+def test_refused_with_a_sentence(f, message):
+    with pytest.raises(ValueError, match=message): f()

@@ -1,0 +1,176 @@
+"Sharpness of networks whose answer is known; nothing of the network changes, whatever happens"
+import copy, math
+from functools import cache
+
+import pytest, torch
+from torch import nn
+
+from phantom_nb.measures.sharpness import norm_measures, path_norm, sharpness, sharpness_measures
+from phantom_nb.models import create_model
+
+GEN = torch.Generator().manual_seed(0)
+X = torch.randn(80, 1, 8, 8, generator=GEN)
+
+@cache
+def trained():
+    "Learns four classes by heart; running statistics are those of the whole sample"
+    net,y = create_model('small_cnn', n_out=4, size=8, seed=0).train(),torch.arange(80)%4
+    opt = torch.optim.Adam(net.parameters(), .01)
+    for _ in range(40):
+        opt.zero_grad()
+        nn.functional.cross_entropy(net(X), y).backward()
+        opt.step()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.momentum = 1.
+    opt.zero_grad()
+    with torch.no_grad(): net(X)
+    return net.eval(),y
+
+def network():
+    net,y = trained()
+    return copy.deepcopy(net),list(zip(X.split(30), y.split(30)))
+
+def snapshot(net): return copy.deepcopy(net.state_dict()),[m.training for m in net.modules()],[(p.requires_grad, p.grad) for p in net.parameters()]
+
+def unchanged(net, before):
+    state,modes,grads = before
+    assert all(torch.equal(v, state[k]) for k,v in net.state_dict().items())
+    assert [m.training for m in net.modules()]==modes
+    assert all(p.requires_grad==r and p.grad is g for p,(r,g) in zip(net.parameters(), grads))
+
+def prepared():
+    "In training, but one layer frozen; gradients are there"
+    net,batches = network()
+    net.train()
+    net.stage1[0].bn.eval()
+    net(X).sum().backward()
+    next(net.parameters()).requires_grad_(False)
+    return net,batches
+
+@pytest.mark.parametrize('kw', [dict(), dict(worst=True, steps=11), dict(kernels=True, batch_stats=True),
+    dict(worst=True, kernels=True, batch_stats=True, steps=11)], ids=['sigma1','alpha1','sigma2','alpha2'])
+def test_nothing_changes_and_the_seed_decides(kw):
+    net,batches = prepared()
+    before,state = snapshot(net),torch.get_rng_state()
+    kw = dict(draws=2, target=.6) | kw
+    a = sharpness(net, batches, **kw)
+    unchanged(net, before)
+    assert torch.equal(torch.get_rng_state(), state) and 0<a<2
+    torch.manual_seed(5)
+    assert sharpness(net, batches, **kw)==a
+    if not kw.get('worst'): assert sharpness(net, batches, **kw, seed=1)!=a
+
+class Stop(nn.Module):
+    "Fails at a chosen call"
+    def __init__(self, at, exc):
+        super().__init__()
+        self.at,self.exc,self.n = at,exc,0
+    def forward(self, x):
+        self.n += 1
+        if self.n==self.at: raise self.exc
+        return x
+
+@pytest.mark.parametrize('worst', [False, True])
+@pytest.mark.parametrize('exc', [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize('at', [1, 2, 6, 9])
+def test_nothing_changes_after_an_exception(worst, exc, at):
+    net,batches = prepared()
+    net = nn.Sequential(net, Stop(at, exc))
+    before = snapshot(net)
+    with pytest.raises(exc): sharpness(net, batches, worst=worst, batch_stats=True, target=.3, steps=20, bs=40)
+    unchanged(net, before)
+    assert torch.is_grad_enabled()
+
+class Scale(nn.Module):
+    "Right while its one weight is positive"
+    def __init__(self, w):
+        super().__init__()
+        self.w = nn.Parameter(torch.full((1, 1), float(w)))
+    def forward(self, x): return torch.cat([self.w*x, -self.w*x], 1)
+
+@pytest.mark.parametrize('w', [1., 50.])
+def test_worst_case_of_a_known_network(w):
+    "The weight changes sign at m = w/(w+0.001), beyond the upper bound of the search: it is never wrong"
+    x = torch.rand(40, 1)+.5
+    assert sharpness(Scale(w), [(x, torch.zeros(40, dtype=torch.long))], worst=True, lr=100., steps=20)==pytest.approx(.25, abs=1e-4)
+
+def test_worst_case_reaches_the_corner_of_the_box():
+    "Outputs x and 0.9x, with weights 1 and 0.9: they swap at 1-1.001m = 0.9+0.901m"
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([[1.],[.9]]))
+        def forward(self, x): return x@self.w.T
+    x = torch.rand(50, 1, generator=torch.Generator().manual_seed(0))+.5
+    got = sharpness(Two(), [(x, torch.zeros(50, dtype=torch.long))], worst=True, lr=10., steps=30)
+    assert got==pytest.approx(.1/1.902, abs=2e-4)
+
+def test_random_sharpness_of_a_known_network():
+    "Right while 1+1.001 m xi > 0: P = Phi(1/1.001m) = 0.9 at m = 1/(1.001*1.2816), by the mean over many draws"
+    x = torch.rand(4, 1)+.5
+    got = sharpness(Scale(1.), [(x, torch.zeros(4, dtype=torch.long))], draws=4000)
+    assert got==pytest.approx(1/(1.001*1.2816), rel=.05)
+
+def test_kernels_alone():
+    "The weight is a vector, so nothing is perturbed"
+    class Bias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = nn.Parameter(torch.tensor([1.,0.]))
+        def forward(self, x): return self.b.expand(len(x), 2)
+    data = [(torch.zeros(9, 1), torch.zeros(9, dtype=torch.long))]
+    assert sharpness(Bias(), data, kernels=True)>1.99 and sharpness(Bias(), data, draws=200)<1.5
+
+def test_batch_statistics_are_used():
+    net,batches = network()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_mean.add_(100)
+    with pytest.raises(ValueError, match='below target'): sharpness(net, batches)
+    assert sharpness(net, batches, batch_stats=True, draws=1)>0
+
+def test_all_four():
+    net,batches = network()
+    got = sharpness_measures(net, iter(batches), draws=2, steps=11)
+    assert list(got.index)==['sigma1','sigma2','alpha1','alpha2'] and got.alpha1<got.sigma1
+
+@pytest.mark.parametrize('kw,message', [(dict(target=1.5), 'target=1.5'), (dict(draws=0), 'draws=0'), (dict(steps=0), 'steps=0')])
+def test_refused_with_a_sentence(kw, message):
+    with pytest.raises(ValueError, match=message): sharpness(*network(), **kw)
+
+def test_labels_that_are_no_classes_are_refused():
+    with pytest.raises(ValueError, match='one class a sample'): sharpness(network()[0], [(X, torch.rand(80))])
+
+
+# Norms
+
+def test_norms_by_hand():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 4))
+    y = net(X).argmax(1)
+    got = norm_measures(net, [(X, y)])
+    a,b = net[1].weight,net[3].weight
+    assert got.param_norm==pytest.approx((a.square().sum()+b.square().sum()).item(), rel=1e-5)
+    assert got.spectral==pytest.approx(2*sum(math.log(torch.linalg.svdvals(o)[0].item()) for o in (a, b)), rel=1e-4)
+    top = net(X).topk(2, 1).values
+    assert got.margin==pytest.approx((top[:,0]-top[:,1]).quantile(.1).item(), rel=1e-4)
+    assert got.parameters==64*5+5+5*4+4
+
+def test_path_norm_folds_batch_normalization():
+    "A convolution with batch normalization after it, against the same convolution with the two multiplied"
+    conv,bn = nn.Conv2d(1, 3, 3),nn.BatchNorm2d(3)
+    bn.running_var.uniform_(.3, 3, generator=GEN)
+    bn.running_mean.normal_(generator=GEN)
+    with torch.no_grad(): bn.weight.normal_(generator=GEN), bn.bias.zero_(), conv.bias.zero_()
+    folded = nn.Conv2d(1, 3, 3, bias=False)
+    with torch.no_grad(): folded.weight.copy_(conv.weight*(bn.weight/(bn.running_var+bn.eps).sqrt())[:,None,None,None])
+    assert path_norm(nn.Sequential(conv, bn), X)==pytest.approx(path_norm(folded, X), abs=1e-6)
+
+def test_a_network_that_is_wrong_has_no_margin():
+    net,batches = network()
+    got = norm_measures(net, [(x, (y+1)%4) for x,y in batches])
+    assert got.margin<0 and math.isnan(got.inverse_margin) and math.isnan(got.spectral_margin)
+
+def test_norms_leave_the_network_alone():
+    net,batches = prepared()
+    before = snapshot(net)
+    norm_measures(net, batches)
+    unchanged(net, before)
