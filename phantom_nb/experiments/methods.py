@@ -61,7 +61,7 @@ METHODS = dict( # chkstyle: ignore-node
         dict(lam=1., k=None, alpha=.5), lambda **kw: Pieces((PhantomEmbeddings(mode='mix', **kw),)),
         dict(lam=(.01, 10., 'log'))),
     phantom_contrast=Method("samples to their phantoms, away from other classes' (Arif et al. 2023; form ours)",
-        dict(lam=.1, k=None, tau=.1), lambda **kw: Pieces((PhantomEmbeddings(mode='contrast', **kw),)),
+        dict(lam=1., k=None, tau=1.), lambda **kw: Pieces((PhantomEmbeddings(mode='contrast', **kw),)),
         dict(lam=(.01, 10., 'log'))),
     phantom_separate=Method("classes' phantoms away from one another (Arif et al. 2023; form ours)",
         dict(lam=1., k=None), lambda **kw: Pieces((PhantomEmbeddings(mode='separate', **kw),)),

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MODES', 'WEIGHTS', 'phantom_embeddings', 'class_phantoms', 'phantom_loss', 'interclass_similarity',
            'nearest_class_similarity', 'within_class_share', 'embedding_metrics', 'find_head', 'as_embeddings',
-           'apply_head', 'ClassQueue', 'gather_batch', 'PhantomEmbeddings']
+           'apply_head', 'watch_head', 'ClassQueue', 'gather_batch', 'PhantomEmbeddings']
 
 # %% ../../nbs/regularizers/phantom.ipynb #5cba56ca
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -58,7 +58,7 @@ def _average(allowed, k, generator, weights, dtype):
         draw = _rand(w, generator).masked_fill(~w, -1.).topk(min(int(k), w.shape[1]), 1)[1]
         w = torch.zeros_like(w).scatter_(1, draw, True) & allowed
     w = w.to(dtype)
-    if weights=='dirichlet': w = w*-torch.log1p(-_rand(w, generator)).clamp_min(1e-9)
+    if weights=='dirichlet': w = w*(-torch.log1p(-_rand(w, generator))).clamp_min(1e-9) # exponential: uniform on the simplex
     return w/w.sum(1, keepdim=True).clamp_min(1e-12), allowed.any(1)
 
 def _pool(z, y, bank, detach):
@@ -143,7 +143,7 @@ def phantom_loss(
     head=None, # for 'mix': embeddings (B,D) -> logits (B,C)
     loss_func=None, # for 'mix': (logits, y) -> (B,) losses; None for cross-entropy
     alpha:float=.5, # for 'mix': how far towards the phantom, in (0,1]
-    tau:float=.1, # for 'contrast': temperature, > 0
+    tau:float=1., # for 'contrast': temperature, > 0
     n_classes:int|None=None, # C; None for the highest class + 1
     **draws # k, generator, weights, detach and bank of `phantom_embeddings`
 )->Tensor: # scalar >= 0 of float32 (float64 for such z); 0 where there is nothing to compare
@@ -274,6 +274,20 @@ def apply_head(
     if _is_pointwise(head): x = x.reshape(*x.shape, *[1]*len(head.kernel_size))
     return head.forward(x).flatten(1).to(z.dtype)
 
+# %% ../../nbs/regularizers/phantom.ipynb #b242adcc
+@contextmanager
+def watch_head(
+    model:nn.Module, # network
+    head=None, # the classifier, see `find_head`
+    n_out:int|None=None # classes
+): # yields a list that gets (embeddings (B,D), logits (B,C)) of every forward pass, without gradient
+    "Collect what goes into the head and what comes out; the hook is gone on leaving."
+    seen = []
+    def see(m, i, o): seen.append(tuple(as_embeddings(v.detach(), m).float() for v in (i[0],o)))
+    hook = find_head(model, head, n_out)[1].register_forward_hook(see)
+    try: yield seen
+    finally: hook.remove()
+
 # %% ../../nbs/regularizers/phantom.ipynb #cd662a7d
 class ClassQueue:
     "Keep the last embeddings of every class, without gradient; of fixed size, and without waiting for a GPU."
@@ -327,7 +341,7 @@ class PhantomEmbeddings(Regularizer):
         mode:str='contrast', # 'mix', 'contrast' or 'separate'
         k:int|None=None, # samples a phantom is made of, >= 1; None for all there are
         alpha:float=.5, # for 'mix': how far towards the phantom, in (0,1]
-        tau:float=.1, # for 'contrast': temperature, > 0
+        tau:float=1., # for 'contrast': temperature, > 0
         weights:str='mean', # 'mean' or 'dirichlet', see `phantom_embeddings`
         detach:bool=False, # stop the gradient through the phantoms
         queue:int=0, # past embeddings kept of each class, >= 0, for small batches or many classes
