@@ -32,7 +32,8 @@ from ..core import Regularizer
 from ..data import DATASETS, get_dls, load_dataset
 from .methods import full_settings, make_method, one_of
 from ..models import MODELS, create_model
-from ..regularizers.phantom import embedding_metrics, watch_head
+from ..regularizers.embeddings import watch_head
+from ..regularizers.phantom import embedding_metrics
 
 # %% ../../nbs/experiments/runner.ipynb #6e5a9110
 SCHEDULES = dict(one_cycle=combined_cos(.25, 1/25, 1, 1e-5), flat_cos=combined_cos(.75, 1, 1, 1e-5), constant=None)

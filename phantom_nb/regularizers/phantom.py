@@ -4,25 +4,24 @@
 
 # %% auto #0
 __all__ = ['MODES', 'WEIGHTS', 'phantom_embeddings', 'class_phantoms', 'phantom_loss', 'interclass_similarity',
-           'nearest_class_similarity', 'within_class_share', 'embedding_metrics', 'find_head', 'as_embeddings',
-           'apply_head', 'watch_head', 'ClassQueue', 'gather_batch', 'PhantomEmbeddings']
+           'nearest_class_similarity', 'within_class_share', 'embedding_metrics', 'PhantomEmbeddings']
 
 # %% ../../nbs/regularizers/phantom.ipynb #5cba56ca
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
-from fastai.basics import get_model
 from fastai.callback.mixup import MixHandler
 from fastai.layers import NoneReduce
 from fastcore.basics import patch, risinstance, store_attr
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..core import Regularizer, _check_number, select_layers
+from ..core import Regularizer, _check_number
+from .embeddings import ClassQueue, _n_outputs, apply_head, as_embeddings, find_head
+from .embeddings import gather_batch
 
 # %% ../../nbs/regularizers/phantom.ipynb #a1bfe984
 MODES,WEIGHTS = ('mix','contrast','separate'),('mean','dirichlet')
@@ -112,6 +111,7 @@ def _unit(z):
 
 def _mean(x, ok): return torch.where(ok, x, 0).sum()/ok.sum().clamp_min(1)
 
+# %% ../../nbs/regularizers/phantom.ipynb #271bf14d
 def _mix(z, y, draws, head, loss_func, alpha):
     p,valid = phantom_embeddings(z, y, **draws)
     return _mean(loss_func(head(torch.lerp(z, p, alpha)), y.clamp_min(0)), valid)
@@ -202,136 +202,6 @@ def embedding_metrics(
     if n<=20: out['confusion'] = torch.bincount(y*n+logits.argmax(1), minlength=n*n).view(n, n).tolist()
     return out
 
-# %% ../../nbs/regularizers/phantom.ipynb #642b0400
-def _n_outputs(m): return getattr(m, 'out_features', getattr(m, 'out_channels', None))
-def _is_pointwise(m): return isinstance(m, _ConvNd) and set(m.kernel_size)=={1}
-
-def _chained(net, a, b):
-    "Whether layer `b` comes after `a` in one `nn.Sequential`"
-    a,b = a.split('.'),b.split('.')
-    n = next(i for i,(x,y) in enumerate(zip(a, b)) if x!=y)
-    return isinstance(net.get_submodule('.'.join(a[:n])), nn.Sequential)
-
-def _candidates(net, n_out):
-    "Layers that could be the classifier: Linear, or else pointwise convolutions, with as many outputs as classes"
-    if hasattr(net, 'get_classifier'): # timm's models say it
-        heads = net.get_classifier()
-        heads = heads if isinstance(heads, (tuple,list)) else [heads]
-        return {k:m for k,m in net.named_modules() if any(m is o for o in heads) and not isinstance(m, nn.Identity)}
-    layers = select_layers(net)
-    n_out = n_out or _n_outputs(list(layers.values())[-1])
-    same = {k:m for k,m in layers.items() if _n_outputs(m)==n_out}
-    linear = {k:m for k,m in same.items() if isinstance(m, nn.Linear)}
-    found = linear or {k:m for k,m in same.items() if _is_pointwise(m)}
-    *rest,last = found or ['']
-    return {last:found[last]} if rest and all(_chained(net, o, last) for o in rest) else found
-
-# %% ../../nbs/regularizers/phantom.ipynb #a9ca4b81
-def find_head(
-    model:nn.Module, # network; wrappers of `DataParallel` and `torch.compile` are looked through
-    head=None, # the classifier by name, pattern or as a module, see `select_layers`; None to find it
-    n_out:int|None=None # classes; None for the outputs of the layer that is registered last
-)->tuple: # dotted name, module
-    "Find the layer that turns embeddings into logits; raise a `ValueError` that lists candidates if there is not one."
-    net = get_model(getattr(model, '_orig_mod', model))
-    kind = type(net).__name__
-    if head is not None:
-        chosen = (lambda k,m: m is head) if isinstance(head, nn.Module) else head
-        found = select_layers(net, chosen, *([] if head in ('output','hidden') else [(nn.Module,)]))
-        if len(found)==1: return next(iter(found.items()))
-        raise ValueError(f"head={head!r} selects {len(found)} layers of {kind} ({_few(found)}): name one")
-    layers = {k:m for k,m in net.named_modules() if isinstance(m, nn.Linear) or _is_pointwise(m)}
-    found = _candidates(net, n_out) if layers else {}
-    if len(found)==1: return next(iter(found.items()))
-    if found: why = f"{kind} has {len(found)} layers that could be the classifier: {_few(found)}"
-    else: why = f"no layer of {kind} has {n_out or 'all'} outputs, one a class; its layers are: {_few(layers) or 'none'}"
-    raise ValueError(f"{why}. Name the one whose input is the embedding, for instance head={next(iter(found), 'fc')!r}")
-
-def _few(layers):
-    "The last layers by name, with their outputs"
-    names = [f'{k!r} ({_n_outputs(m)})' if _n_outputs(m) else repr(k) for k,m in layers.items()]
-    return '..., '*(len(names)>8) + ', '.join(names[-8:])
-
-# %% ../../nbs/regularizers/phantom.ipynb #2c9dca79
-def as_embeddings(
-    x:Tensor, # input of the head: (B,D), (B,D,H,W) of a convolution, (B,T,D) of a Linear layer
-    head:nn.Module # the head
-)->Tensor: # (B,D) with gradient: averaged over positions
-    "View the head's input as one embedding a sample; raise a `ValueError` for a shape that cannot be."
-    x = x.as_subclass(Tensor)
-    if _is_pointwise(head): return x.flatten(2).mean(2)
-    if isinstance(head, nn.Linear) and x.ndim>2: return x.flatten(1, -2).mean(1)
-    if x.ndim==2: return x
-    raise ValueError(f"{type(head).__name__} reads {tuple(x.shape)}: name a head that reads (B,D), the last Linear layer")
-
-def apply_head(
-    head:nn.Module, # the head
-    z:Tensor # (B,D) embeddings
-)->Tensor: # (B,C) logits in float32 or float64
-    "Classify embeddings with the head itself, past its hooks."
-    w = getattr(head, 'weight', None)
-    x = z if w is None else z.to(w.dtype)
-    if _is_pointwise(head): x = x.reshape(*x.shape, *[1]*len(head.kernel_size))
-    return head.forward(x).flatten(1).to(z.dtype)
-
-# %% ../../nbs/regularizers/phantom.ipynb #b242adcc
-@contextmanager
-def watch_head(
-    model:nn.Module, # network
-    head=None, # the classifier, see `find_head`
-    n_out:int|None=None # classes
-): # yields a list that gets (embeddings (B,D), logits (B,C)) of every forward pass, without gradient
-    "Collect what goes into the head and what comes out; the hook is gone on leaving."
-    seen = []
-    def see(m, i, o): seen.append(tuple(as_embeddings(v.detach(), m).float() for v in (i[0],o)))
-    hook = find_head(model, head, n_out)[1].register_forward_hook(see)
-    try: yield seen
-    finally: hook.remove()
-
-# %% ../../nbs/regularizers/phantom.ipynb #cd662a7d
-class ClassQueue:
-    "Keep the last embeddings of every class, without gradient; of fixed size, and without waiting for a GPU."
-    def __init__(self,
-        n_classes:int, # C
-        size:int, # embeddings kept of each class, >= 1
-        dim:int, # D
-        device=None # torch device
-    ):
-        self.n_classes,self.size = n_classes,size
-        self.z = torch.zeros(n_classes*size+1, dim, device=device) # the last row takes what is not kept
-        self.count = torch.zeros(n_classes, dtype=torch.long, device=device)
-
-    def push(self,
-        z:Tensor, # (B,D) embeddings
-        y:Tensor # (B,) classes; negative ones are not kept
-    )->None:
-        "Put in a batch; the oldest of each class go."
-        same = y[:,None]==y
-        rank,mine = same.tril(-1).sum(1),torch.arange(self.n_classes, device=y.device)[:,None]==y
-        slot = y*self.size + (self.count[y.clamp_min(0)]+rank)%self.size
-        kept = (rank>=same.sum(1)-self.size) & (y>=0)
-        self.z[slot.where(kept, len(self.z)-1)] = z.detach().to(self.z)
-        self.count += mine.sum(1)
-
-    def items(self)->tuple: # (C*size,D) embeddings; (C*size,) classes, -1 for empty places
-        "Give what is kept."
-        i = torch.arange(len(self.z)-1, device=self.z.device)
-        return self.z[:-1], (i//self.size).where(i%self.size<self.count.repeat_interleave(self.size), -1)
-
-# %% ../../nbs/regularizers/phantom.ipynb #4ceda9d7
-def gather_batch(
-    z:Tensor, # (B,D) embeddings of this process
-    y:Tensor # (B,) classes
-)->tuple: # embeddings and classes of all processes, gradient attached; class -1 fills up shorter batches
-    "Gather a batch over the processes of `torch.distributed`; each gets the same."
-    sizes = [torch.zeros_like(y[:1]).sum() for _ in range(distributed.get_world_size())]
-    distributed.all_gather(sizes, torch.full_like(sizes[0], len(y)))
-    more = max(sizes).item()-len(y)
-    z,y = F.pad(z, (0,0,0,more)),F.pad(y, (0,more), value=-1)
-    labels = [torch.empty_like(y) for _ in sizes]
-    distributed.all_gather(labels, y)
-    return torch.cat(distributed.nn.functional.all_gather(z)), torch.cat(labels)
-
 # %% ../../nbs/regularizers/phantom.ipynb #3eb1ca00
 class PhantomEmbeddings(Regularizer):
     "Add the phantom penalty of the classifier's input (Arif 2023; forms ours)."
@@ -358,8 +228,7 @@ class PhantomEmbeddings(Regularizer):
         self.gen,self.seen = torch.Generator().manual_seed(seed),[]
         self.memory = self._saved = self._kept = self._hook = None
 
-    def _loss(self, z, y, head, loss_func, **kwargs):
-        return phantom_loss(z, y, head=head, loss_func=loss_func, **self.options, **kwargs)
+    def _loss(self, z, y, head, loss, **kw): return phantom_loss(z, y, head=head, loss_func=loss, **self.options, **kw)
 
     def select(self): return dict([find_head(self.model, self.layers, getattr(self.dls, 'c', None))])
 
@@ -367,9 +236,8 @@ class PhantomEmbeddings(Regularizer):
         head,n = next(iter(self.selected.values())),self.learn.pred.shape[-1]
         z,y = self._batch(head)
         if self.queue and self.memory is None: self._remember(n, z)
-        bank,gen = self.memory and self.memory.items(),self._generator(z.device)
-        with self._losses() as loss_func:
-            r = self._loss(z, y, partial(apply_head, head), loss_func, n_classes=n, generator=gen, bank=bank)
+        o = dict(n_classes=n, generator=self._generator(z.device), bank=self.memory and self.memory.items())
+        with self._losses() as loss: r = self._loss(z, y, partial(apply_head, head), loss, **o)
         if self.queue: self.memory.push(z, y)
         return r
 
@@ -454,6 +322,7 @@ def _remember(self:PhantomEmbeddings, n, z):
     if s: new.z,new.count = [s[o].to(z.device, copy=True) for o in ('z','count')]
     self.memory = new
 
+# %% ../../nbs/regularizers/phantom.ipynb #d1bc7e4f
 @patch
 def state_dict(self:PhantomEmbeddings):
     "Add the generator's state and the memory"
