@@ -415,6 +415,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'phantom_nb/regularizers/embeddings.py'),
                                                     'phantom_nb.regularizers.embeddings.as_embeddings': ( 'regularizers/embeddings.html#as_embeddings',
                                                                                                           'phantom_nb/regularizers/embeddings.py'),
+                                                    'phantom_nb.regularizers.embeddings.embeddings_of': ( 'regularizers/embeddings.html#embeddings_of',
+                                                                                                          'phantom_nb/regularizers/embeddings.py'),
                                                     'phantom_nb.regularizers.embeddings.find_head': ( 'regularizers/embeddings.html#find_head',
                                                                                                       'phantom_nb/regularizers/embeddings.py'),
                                                     'phantom_nb.regularizers.embeddings.gather_batch': ( 'regularizers/embeddings.html#gather_batch',

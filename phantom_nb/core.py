@@ -128,7 +128,8 @@ class Regularizer(Callback):
         store_attr()
         self.selected,self.records,self.steps,self._loaded = {},[],0,0
 
-    def select(self): return select_layers(self.model, self.layers, self.types)
+    def select(self)->dict: # name -> module of the layers it acts on
+        return select_layers(self.model, self.layers, self.types)
     def penalty(self): raise NotImplementedError(f"{type(self).__name__} must define penalty()")
     def setup(self): pass
     def release(self): pass

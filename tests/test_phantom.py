@@ -15,8 +15,11 @@ from torch.nn import functional as F
 
 from phantom_nb.core import _learner
 from phantom_nb.data import get_dls
+from phantom_nb.experiments.methods import METHODS, make_method
+from phantom_nb.experiments.runner import Run, train_run
+from phantom_nb.experiments.tune import search_space
 from phantom_nb.models import MODELS, create_model
-from phantom_nb.regularizers.embeddings import ClassQueue, apply_head, as_embeddings, find_head, watch_head
+from phantom_nb.regularizers.embeddings import ClassQueue, apply_head, as_embeddings, embeddings_of, find_head
 from phantom_nb.regularizers.phantom import (PhantomEmbeddings, class_phantoms, embedding_metrics, interclass_similarity, nearest_class_similarity,
     phantom_embeddings, phantom_loss, within_class_share)
 
@@ -235,8 +238,8 @@ def distilled():
     with torch.device('meta'): return timm.create_model('deit_tiny_distilled_patch16_224', num_classes=10)
 
 @pytest.mark.parametrize('make,n_out,what', [(Two, 10, "could be the classifier: 'a' (10), 'b' (10)"), (lambda: torchvision_model('googlenet', aux_logits=True), 10, "'aux1.fc2' (10)"),
-    (distilled, 10, "'head' (10), 'head_dist' (10)"), (lambda: nn.Sequential(nn.Conv2d(3, 10, 3)), 10, 'no layer'), (lambda: nn.Sequential(nn.Linear(3, 4)), 10, "its layers are: '0' (4)"),
-    (lambda: nn.ReLU(), None, 'its layers are: none')], ids=['two','auxiliary','distilled','conv','width','nothing'])
+    (distilled, 10, "'head' (10), 'head_dist' (10)"), (lambda: nn.Sequential(nn.Conv2d(3, 10, 3)), 10, 'no layer'), (lambda: nn.Sequential(nn.Linear(3, 4)), 10, "there are: '0' (4)"),
+    (lambda: nn.ReLU(), None, 'there are: none')], ids=['two','auxiliary','distilled','conv','width','nothing'])
 def test_two_heads_or_none_name_the_remedy(make, n_out, what):
     with pytest.raises(ValueError) as e: find_head(make(), n_out=n_out)
     assert what in str(e.value) and 'head=' in str(e.value)
@@ -427,7 +430,19 @@ def test_classes_lie_further_apart_with_phantoms():
         learn = learner(create_model('small_cnn', size=8, seed=0), *cbs)
         learn.opt_func = Adam
         learn.fit(15, 5e-3)
-        with watch_head(learn.model.eval()) as seen, torch.no_grad(): y = torch.cat([(learn.model(x), y)[1] for x,y in learn.dls.train.new(shuffle=False)])
-        return interclass_similarity(torch.cat([z for z,_ in seen]), y).item()
+        z,_,y = embeddings_of(learn.model, learn.dls.train.new(shuffle=False))
+        return interclass_similarity(z, y).item()
     plain = similarity()
     assert similarity(PhantomEmbeddings())<plain-.05 and similarity(PhantomEmbeddings(mode='separate'))<plain-.05
+
+def test_every_run_records_how_its_test_embeddings_lie():
+    row = train_run(Run(epochs=2, n_train=40, method='phantom'))
+    m = torch.tensor(row['confusion'])
+    assert m.sum()==797 and abs(m.trace().item()/797-row['accuracy'])<1e-9 and m.sum(1).tolist()==torch.bincount(get_dls('digits', n_train=40).test_ds.y.cpu()).tolist()
+    assert -1<=row['similarity']<=1 and row['similarity']<row['nearest']<=1 and 0<row['within']<1
+
+@pytest.mark.parametrize('name', [o for o in METHODS if o.startswith('phantom')])
+def test_methods_are_the_callback_and_the_default_searches_nothing(name):
+    cb, = make_method(name).cbs
+    assert isinstance(cb, PhantomEmbeddings) and cb.mode==(PhantomEmbeddings().mode if name=='phantom' else name.split('_')[1])
+    assert set(search_space(name))==({'lr'} if name=='phantom' else {'lr','lam'}) and cb.lam==PhantomEmbeddings().lam

@@ -57,7 +57,7 @@ def _average(allowed, k, generator, weights, dtype):
         draw = _rand(w, generator).masked_fill(~w, -1.).topk(min(int(k), w.shape[1]), 1)[1]
         w = torch.zeros_like(w).scatter_(1, draw, True) & allowed
     w = w.to(dtype)
-    if weights=='dirichlet': w = w*(-torch.log1p(-_rand(w, generator))).clamp_min(1e-9) # exponential: uniform on the simplex
+    if weights=='dirichlet': w = w*(-torch.log1p(-_rand(w, generator))).clamp_min(1e-9) # exponential draws
     return w/w.sum(1, keepdim=True).clamp_min(1e-12), allowed.any(1)
 
 def _pool(z, y, bank, detach):
@@ -75,7 +75,7 @@ def phantom_embeddings(
     detach:bool=False, # stop the gradient through the phantoms
     bank:tuple|None=None # (embeddings (M,D), classes (M,)) of the past, more to choose from
 )->tuple: # p (B,D) in float32 (float64 for such z), zero where not valid; valid (B,) bool, False for a class seen once
-    "Make every sample's phantom from others of its class; raise a `ValueError` for wrong shapes or options (Arif 2023)."
+    "Make every sample's phantom from others of its class; a `ValueError` says what is wrong (Arif 2023)."
     z,y = _check(z, y, k, weights)
     with torch.autocast(z.device.type, enabled=False):
         pool,labels = _pool(z, y, bank, detach)
@@ -270,8 +270,8 @@ def release(self:PhantomEmbeddings):
 def _batch(self:PhantomEmbeddings, head):
     "Embeddings and classes of the batch, of all processes together"
     if len(self.seen)!=1:
-        raise ValueError(f"{next(iter(self.selected))!r} was applied {len(self.seen)} times in one pass: its inputs are "
-            "no embeddings of the batch, name another head")
+        raise ValueError(f"{next(iter(self.selected))!r} was applied {len(self.seen)} times in one pass: its inputs "
+            "are no embeddings of the batch, name another head")
     z,y = as_embeddings(self.seen[0], head).float(),self.yb[0].as_subclass(Tensor).reshape(-1).long()
     if len(z)!=len(y): raise ValueError(f"the head read {len(z)} rows for {len(y)} labels: name another head")
     return gather_batch(z, y) if isinstance(self.learn.model, DistributedDataParallel) else (z,y)
@@ -318,7 +318,7 @@ def _remember(self:PhantomEmbeddings, n, z):
     "Begin the memory, or take up what was saved"
     new,(s,self._kept) = ClassQueue(n, self.queue, z.shape[1], z.device),(self._kept,None)
     if s and s['z'].shape!=new.z.shape: raise ValueError(f"queue={self.queue!r}: the saved memory holds "
-        f"{tuple(s['z'].shape)} values, this network needs {tuple(new.z.shape)}: use the queue and head that were saved")
+        f"{tuple(s['z'].shape)} values, this network needs {tuple(new.z.shape)}: use the queue and head of then")
     if s: new.z,new.count = [s[o].to(z.device, copy=True) for o in ('z','count')]
     self.memory = new
 
