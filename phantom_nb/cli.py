@@ -87,7 +87,9 @@ class _Watch:
         self._step(what)
         if row['status']!='done': line,style = f"{what}: {row['status']} {row.get('error') or ''}",'red'
         elif self.console.is_terminal: return
-        else: line,style = f"[{self.i}/{self.n}] {what}: {100*row['accuracy']:.1f}% in {row['seconds']:.1f} s",None
+        else:
+            accuracy = row.get('accuracy', row.get('valid_accuracy'))
+            line,style = f"[{self.i}/{self.n}] {what}: {100*accuracy:.1f}% in {row['seconds']:.1f} s",None
         self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 # %% ../nbs/cli.ipynb #8b70558e
@@ -181,7 +183,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Budget=None, engine:Engine='
         except KeyboardInterrupt: code = 130
     df = load_results(out/'runs') if (out/'runs').exists() else pd.DataFrame(columns=['experiment'])
     df = df[df.experiment==exp.name]
-    if len(df): show_results(df, console)
+    if len(df): show_results(df, console, metric='accuracy' if 'accuracy' in df else 'valid_accuracy')
     if len(df)<n: console.print(f"{len(df)} of {n} runs are in. The same command goes on from here.", highlight=False)
     else: console.print(f"Rows: {out/'results.jsonl'}", soft_wrap=True, highlight=False)
     raise typer.Exit(code)

@@ -128,6 +128,8 @@ class Regularizer(Callback):
         store_attr()
         self.selected,self.records,self.steps,self._loaded = {},[],0,0
 
+    def select(self)->dict: # name -> module of the layers it acts on
+        return select_layers(self.model, self.layers, self.types)
     def penalty(self): raise NotImplementedError(f"{type(self).__name__} must define penalty()")
     def setup(self): pass
     def release(self): pass
@@ -138,7 +140,7 @@ class Regularizer(Callback):
     )->None: self._loaded = state.get('steps', 0)
     def after_step(self): self.steps += 1
     def before_fit(self):
-        self.selected,self._fresh = select_layers(self.model, self.layers, self.types),True
+        self.selected,self._fresh = self.select(),True
         self.steps,self._loaded = self._loaded,0
         self.setup()
 

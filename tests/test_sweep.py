@@ -129,3 +129,12 @@ def test_sweep_and_results_commands(tmp_path, capsys, monkeypatch):
         (['--over','data'], 'occurs twice'), (['--export','rows.xls'], '.jsonl, .csv, .md'), (['--metric','acuracy'], "acuracy")):
         code,text = results(*args)
         assert code==2 and what in ' '.join(text.err.split()), (args, text.err)
+
+def test_a_sweep_on_validation_images_is_shown_and_leaves_the_test_images_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('valid.toml').write_text('methods = ["none", "phantom_contrast"]\nseeds = 2\nepochs = 1\nn_train = 40\nn_valid = 100\n[settings.phantom_contrast]\nk = [1, 2]\n')
+    with pytest.raises(SystemExit) as e: cli.main(['sweep', 'valid.toml', '--jobs', '1'])
+    out = capsys.readouterr()
+    rows = load_results('sweeps/valid/results.jsonl')
+    assert e.value.code==0, out.err
+    assert len(rows)==6 and 'accuracy' not in rows and {'valid_accuracy','valid_similarity','valid_confusion'} <= set(rows) and 'vs none' in out.out

@@ -13,6 +13,7 @@ from fastai.callback.mixup import MixUp
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 
 from ..regularizers.hyperspherical import MHE, CoMHE
+from ..regularizers.phantom import PhantomEmbeddings
 
 # %% ../../nbs/experiments/methods.ipynb #ecd7b700
 @dataclass(frozen=True)
@@ -53,7 +54,18 @@ METHODS = dict( # chkstyle: ignore-node
     comhe_adversarial=Method("half-space energy of adversarial projections (Lin et al. 2020)", dict(lam=1., s=2.),
         lambda **kw: Pieces((CoMHE.paper('adversarial', **kw),)), dict(lam=(.01, 100., 'log'))),
     comhe_group=Method("half-space energy of groups of coordinates (Lin et al. 2020)", dict(lam=1., s=2.),
-        lambda **kw: Pieces((CoMHE.paper('group', **kw),)), dict(lam=(.01, 100., 'log'))))
+        lambda **kw: Pieces((CoMHE.paper('group', **kw),)), dict(lam=(.01, 100., 'log'))),
+    phantom=Method("phantom embeddings at their defaults, nothing to tune (Arif et al. 2023)", {},
+        lambda: Pieces((PhantomEmbeddings(),))),
+    phantom_mix=Method("the head also classifies samples moved to their phantoms (Arif et al. 2023; form ours)",
+        dict(lam=1., k=None, alpha=.5), lambda **kw: Pieces((PhantomEmbeddings(mode='mix', **kw),)),
+        dict(lam=(.01, 10., 'log'))),
+    phantom_contrast=Method("samples to their phantoms, away from other classes' (Arif et al. 2023; form ours)",
+        dict(lam=1., k=None, tau=1.), lambda **kw: Pieces((PhantomEmbeddings(mode='contrast', **kw),)),
+        dict(lam=(.01, 10., 'log'))),
+    phantom_separate=Method("classes' phantoms away from one another (Arif et al. 2023; form ours)",
+        dict(lam=1., k=None), lambda **kw: Pieces((PhantomEmbeddings(mode='separate', **kw),)),
+        dict(lam=(.01, 10., 'log'))))
 
 # %% ../../nbs/experiments/methods.ipynb #62d72e06
 def one_of(

@@ -32,6 +32,8 @@ from ..core import Regularizer
 from ..data import DATASETS, get_dls, load_dataset
 from .methods import full_settings, make_method, one_of
 from ..models import MODELS, create_model
+from ..regularizers.embeddings import watch_head
+from ..regularizers.phantom import embedding_metrics
 
 # %% ../../nbs/experiments/runner.ipynb #6e5a9110
 SCHEDULES = dict(one_cycle=combined_cos(.25, 1/25, 1, 1e-5), flat_cos=combined_cos(.75, 1, 1, 1e-5), constant=None)
@@ -220,12 +222,19 @@ def before_fit(self:Checkpoint):
     _set_chance(self.state['chance'])
 
 # %% ../../nbs/experiments/runner.ipynb #9bc516ac
+def _judged(learn, dl):
+    "Metrics of images that were not trained on"
+    with watch_head(learn.model, n_out=learn.dls.c) as seen: out = evaluate(learn.model, dl)
+    if not out: return out
+    z,logits = map(torch.cat, zip(*seen))
+    return out | embedding_metrics(z, logits, dl.dataset.y)
+
 def _measure(learn, run):
     "Metrics of a trained learner"
     dls,out = learn.dls,dict(params=sum(p.numel() for p in learn.model.parameters()))
-    parts = {'valid_':dls.valid} if run.n_valid else {'':dls.test}
-    parts |= {'train_':dls.train.new(shuffle=False, augment=None)}
-    out |= {p+k:v for p,dl in parts.items() for k,v in evaluate(learn.model, dl).items()}
+    p,dl = ('valid_',dls.valid) if run.n_valid else ('',dls.test)
+    out |= {p+k:v for k,v in _judged(learn, dl).items()}
+    out |= {'train_'+k:v for k,v in evaluate(learn.model, dls.train.new(shuffle=False, augment=None)).items()}
     for cb in learn.cbs.filter(risinstance(Regularizer)):
         df = cb.to_frame()
         out |= dict(penalty=float(df.penalty.iloc[-1]), share=float(df.share.mean()))
