@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .data import DATASETS, available, get_dls, load_dataset
+from .data import DATASETS, ImageLoaders, available, get_dls, load_dataset
 from .experiments.bench import BENCHES, save_bench
 from .experiments.methods import METHODS, one_of
 from .experiments.runner import ENGINES, Run, load_results, make_learner, run_many, save_results, write_atomic
@@ -311,21 +311,23 @@ def loaders_for(
     data:str, # a key of `DATASETS`
     n:int, # images, >= 2
     root=None # folder to look for the data first
-):
+)->ImageLoaders: # `train` has n images; superclasses are the labels if the network has as many outputs
     "Make loaders of `data` that fit the learner's network; `ValueError` if none do."
     d,remedy = load_dataset(data, root),"give --data the one it was trained on"
     shape,n_all,kinds = tuple(d.x_train.shape[1:]),len(d.x_train),(len(d.classes), len(d.coarse_names))
     if not kinds[0]<=n<=n_all: raise ValueError(f"--n {n}: give {kinds[0]} (one a class) to {n_all} images")
     seen = getattr(getattr(learn.dls.train, 'dataset', None), 'x', None)
     if isinstance(seen, torch.Tensor) and seen.shape[1:]!=shape:
-        raise ValueError(f"the network was trained on images of {_by(seen.shape[1:])}, {data} has {_by(shape)}: {remedy}")
+        was = _by(seen.shape[1:])
+        raise ValueError(f"the network was trained on images of {was}, {data} has {_by(shape)}: {remedy}")
     try:
         with torch.no_grad(): n_out = learn.model.eval()(torch.zeros(2, *shape)).shape[1]
     except (RuntimeError, ValueError, IndexError) as e:
         what = str(e).partition('\n')[0]
         raise ValueError(f"the network cannot read {data}'s images of {_by(shape)} ({what}): {remedy}") from e
     if n_out in kinds: return get_dls(d, n_train=n, n_valid=0, coarse=n_out!=kinds[0], device='cpu')
-    raise ValueError(f"the network has {n_out} outputs, {data} {kinds[0]} classes and {kinds[1]} superclasses: {remedy}")
+    has = f"{kinds[0]} classes and {kinds[1]} superclasses"
+    raise ValueError(f"the network has {n_out} outputs, {data} {has}: {remedy}")
 
 def _by(shape): return '×'.join(map(str, shape))
 

@@ -226,7 +226,8 @@ def bench_measures(
     for name,(ours,plain) in pairs.items():
         t,t_plain = best_seconds(ours, plain, seconds=seconds, rounds=2)
         gap = float(abs(ours().numpy()-plain()).max())
-        rows.append(dict(measure=name, n=n, units=units, plain_ms=1e3*t_plain, ours_ms=1e3*t, speedup=t_plain/t, gap=gap))
+        times = dict(plain_ms=1e3*t_plain, ours_ms=1e3*t, speedup=t_plain/t)
+        rows.append(dict(measure=name, n=n, units=units, **times, gap=gap))
     return pd.DataFrame(rows).assign(**provenance('cpu'))
 
 BENCHES['measures'] = bench_measures

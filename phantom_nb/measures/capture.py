@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from ..core import _matches
 
 # %% ../../nbs/measures/capture.ipynb #4d17782f
-_names = 'relu relu_ relu6 hardtanh leaky_relu leaky_relu_ elu elu_ selu celu gelu silu mish hardswish prelu rrelu softplus'
-ACTIVATIONS = {getattr(F, o):o.strip('_') for o in _names.split()}
+_names = 'relu relu_ relu6 hardtanh leaky_relu leaky_relu_ elu elu_ selu celu gelu silu mish hardswish prelu'
+ACTIVATIONS = {getattr(F, o):o.strip('_') for o in f'{_names} rrelu softplus'.split()}
 ACTIVATIONS |= {torch.relu:'relu', torch.relu_:'relu', Tensor.relu:'relu', Tensor.relu_:'relu', torch.prelu:'prelu'}
 
 # %% ../../nbs/measures/capture.ipynb #4b0f8e04
@@ -110,7 +110,8 @@ def _check_found(tap, layers, n):
         f"hand-written activations (found are {', '.join(sorted(set(ACTIVATIONS.values())))})")
     if not tap.found: raise ValueError(f"layers={layers!r} selects none of the pre-activations: {names}")
     for k,v in tap.found.items():
-        if sum(map(len, v))!=n: raise ValueError(f"{k!r} saw {sum(map(len, v))} of {n} samples: leave it out by `layers`")
+        seen = sum(map(len, v))
+        if seen!=n: raise ValueError(f"{k!r} saw {seen} of {n} samples: leave it out by `layers`")
 
 def _capture(model, batches, layers=None):
     "Pre-activations by name, and the network's outputs"
@@ -126,6 +127,6 @@ def capture(
     model:nn.Module, # CNN; its mode is restored
     batches, # iterable of input batches, or of (inputs, labels)
     layers=None # name pattern, module type, predicate(name, module), or a list of these; None for all
-)->dict: # name -> (N,units) on the model's device, in the order of execution; maps max-pooled; the network's own float type
+)->dict: # name -> (N,units) on the model's device, in order of execution, maps max-pooled, the network's float type
     "Capture the input of every activation function; `ValueError` if there is none (Carbonnelle 2021, section 3)."
     return _capture(model, batches, layers)[0]

@@ -9,7 +9,7 @@ __all__ = ['silhouette_cosine', 'cosine_distance_std', 'unit_selectivity', 'laye
 
 # %% ../../nbs/measures/clustering.ipynb #b89b9da5
 import math
-from functools import wraps
+from functools import partial, wraps
 
 import numpy as np, pandas as pd, torch
 from torch import Tensor
@@ -34,7 +34,8 @@ def _matrix(x):
 def _codes(labels, x, what='labels'):
     "Names (K,) of the labels and their numbers (N,) on the device of `x`"
     y = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels).to(x.device)
-    if y.shape!=x.shape[:1]: raise ValueError(f"{what} of shape {tuple(y.shape)} for {len(x)} samples: give one a sample")
+    shape = tuple(y.shape)
+    if shape!=x.shape[:1]: raise ValueError(f"{what} of shape {shape} for {len(x)} samples: give one a sample")
     if y.is_floating_point(): raise ValueError(f"{what} are {y.dtype}: give whole numbers, one a class")
     return y.unique(return_inverse=True)
 
@@ -63,21 +64,19 @@ def _finite(t, what='activations'):
     return t
 
 # %% ../../nbs/measures/clustering.ipynb #5cfd02d6
-def _cluster_sums(x, y, sizes, mu, **kw):
-    "Means of $u$ (K,U) and of $q$ (K,) by cluster; $q$ and zero flags (N,)"
-    one,names = None,torch.arange(len(sizes), device=x.device)
-    qs,zs = [],[]
-    for rows,b in _blocks(x, **kw):
-        u,z = _directions(b)
-        u = u-mu
-        hot = (y[rows][:,None]==names).to(u.dtype)
-        q = u.square().sum(1)+z
-        add = hot.T@torch.cat([u,q[:,None]], 1)
-        one = add if one is None else one+add
-        qs.append(q)
-        zs.append(z)
-    means = _finite(one)/sizes[:,None]
-    return means[:,:-1],means[:,-1],torch.cat(qs),torch.cat(zs)
+def _cluster_means(parts, y, sizes):
+    "Means of $u$ (K,U) and of $q$ (K,) by cluster"
+    us = qs = 0
+    for rows,u,q,_ in parts():
+        hot = (y[rows][:,None]==torch.arange(len(sizes), device=y.device)).to(u.dtype)
+        us,qs = us+hot.T@u,qs+hot.T@q
+    return _finite(us)/sizes[:,None],qs/sizes
+
+def _centred(b, mu):
+    "$u$ (B,U), $q$ and zero flags (B,) of a block"
+    u,z = _directions(b)
+    u = u-mu
+    return u,u.norm(dim=1).square()+z,z
 
 @_exact
 def _silhouette(x, y, k, **kw):
@@ -85,14 +84,16 @@ def _silhouette(x, y, k, **kw):
     sizes = y.bincount(minlength=k)
     first = next(_blocks(x, **kw))[1]
     mu,eps = _directions(first)[0].mean(0),torch.finfo(first.dtype).eps
-    means,q_mean,q,z = _cluster_sums(x, y, sizes, mu, **kw)
-    out = torch.empty_like(q)
-    for rows,b in _blocks(x, **kw):
-        half = (q[rows][:,None]+q_mean)/2
-        d = half-(_directions(b)[0]-mu)@means.T
-        d[d<32*eps*(eps+half)] = 0
+    def parts(): return ((rows, *_centred(b, mu)) for rows,b in _blocks(x, **kw))
+    if x.numel()<2**24: parts = partial(list, list(parts())) # small enough to be kept for the second pass
+    means,q_mean = _cluster_means(parts, y, sizes)
+    out = means.new_empty(len(y))
+    for rows,u,q,z in parts():
+        half = (q[:,None]+q_mean)/2
+        d = half-u@means.T
+        d = torch.where(d<32*eps*(eps+half), 0, d)
         own,n = y[rows][:,None],sizes[y[rows]]
-        a = (d.gather(1, own)[:,0]*n - z[rows].to(d.dtype))/(n-1).clamp_min(1)
+        a = (d.gather(1, own)[:,0]*n - z.to(d.dtype))/(n-1).clamp_min(1)
         b = d.scatter_(1, own, math.inf).amin(1)
         s = (b-a)/torch.maximum(a, b)
         out[rows] = torch.where((n>1)&s.isfinite(), s, 0)
@@ -112,7 +113,7 @@ def silhouette_cosine(
 
 # %% ../../nbs/measures/clustering.ipynb #3df05cb8
 def _gram_norm2(g, w):
-    "Squared Frobenius norm of a symmetric matrix, of which panels of width `w` at and right of the diagonal are filled in"
+    "Squared Frobenius norm of a symmetric matrix that is filled in panels of width `w`, from the diagonal on"
     return sum(2*g[i:i+w,i:].square().sum()-g[i:i+w,i:i+w].square().sum() for i in range(0, len(g), w))
 
 @_exact
@@ -257,15 +258,17 @@ def _layers(acts):
     acts = dict(enumerate([acts] if isinstance(acts, Tensor) else acts)) if not isinstance(acts, dict) else acts
     acts = {k:_matrix(a) for k,a in acts.items()}
     if len({len(a) for a in acts.values()})!=1:
-        raise ValueError(f"layers of {[len(a) for a in acts.values()]} samples: give at least one layer, all with the same samples")
+        n = [len(a) for a in acts.values()]
+        raise ValueError(f"layers of {n} samples: give at least one layer, all with the same samples")
     return acts
 
 def _pool(values, k, by, over):
-    "Mean of the k largest over all units ('units') or layers, then `over` classes; layers and classes without a value are left out"
-    k,v = _check_k(k),torch.cat([o.cpu() for o in values], 1) if by=='units' else torch.stack([o.cpu() for o in values], 1)
+    "Mean of the k largest over all units ('units') or layers, then `over` classes; what has no value is left out"
+    k,v = _check_k(k),[o.cpu() for o in values]
+    v = torch.cat(v, 1) if by=='units' else torch.stack(v, 1)
     v = v[:,~v.isnan().all(0)]
     v = v[~v.isnan().any(1)].numpy()
-    if not v.size: raise ValueError("no unit of any layer is ever above zero: the network is dead, or these are not pre-activations")
+    if not v.size: raise ValueError("no unit is ever above zero: the network is dead, or these are not pre-activations")
     return float(over(np.sort(v, 1)[:,-k:].mean(1)))
 
 # %% ../../nbs/measures/clustering.ipynb #00affab5
@@ -331,11 +334,11 @@ def interpolation_drop(
     generator=None, # CPU `torch.Generator` of the partners; None for PyTorch's own
     bs:int=256 # pairs a batch, >= 1
 )->float: # >= 0, larger is better; 1 where subclasses make no difference
-    "Measure c0: what the way to another subclass costs, against a way within; ValueError for logits (Carbonnelle 2021)."
+    "Measure c0: the cost of the way to another subclass, against one within; ValueError for logits (Carbonnelle 2021)."
     x = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
     s,c,of = _hierarchy(x.flatten(1), superclass, subclass)
     sups,n_out = _codes(superclass, x.flatten(1))[0].tolist(),_probabilities(predict, x[:2]).shape[1]
-    if min(sups)<0 or max(sups)>=n_out: raise ValueError(f"superclasses {sups} for {n_out} outputs: give column numbers")
+    if min(sups)<0 or max(sups)>=n_out: raise ValueError(f"superclasses {sups}, {n_out} outputs: give column numbers")
     def shuffled(i): return i[torch.randperm(len(i), generator=generator).to(i.device)]
     ratios = []
     for k,sup in enumerate(of.tolist()):

@@ -169,7 +169,7 @@ def _most_varied(acts, y):
     return name,u,y.unique()[c]
 
 def _report_figure(table, acts, y, vocab):
-    fig,axs = plt.subplots(1, 3, figsize=(13,3.5), layout='constrained')
+    fig,axs = plt.subplots(1, 3, figsize=(11,3.5), layout='constrained')
     _plot_profile(table, axs[0])
     by_class = class_table(acts, y).c3
     names = [str(vocab[i]) if vocab is not None and 0<=i<len(vocab) else str(i) for i in by_class.index]

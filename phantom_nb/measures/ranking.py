@@ -20,16 +20,17 @@ def _values(df, measure, target):
         if c not in df: raise ValueError(f"no column {c!r}: the columns are {', '.join(map(str, df.columns))}")
     m,t = (pd.to_numeric(df[c]).to_numpy(float) for c in (measure, target))
     bad = int((~(np.isfinite(m)&np.isfinite(t))).sum())
-    if bad: raise ValueError(f"{bad} of {len(df)} runs have no finite {measure!r} or {target!r}: drop them first, for instance "
-        f"df.dropna(subset=[{measure!r}, {target!r}])")
+    if bad: raise ValueError(f"{bad} of {len(df)} runs have no finite {measure!r} or {target!r}: drop them first, for "
+        f"instance df.dropna(subset=[{measure!r}, {target!r}])")
     if len(m)<2: raise ValueError(f"{len(m)} runs cannot be ranked: give two or more")
     return m,t
 
 def _codes(df, cols):
-    "Numbers (runs, columns) of the values of hyperparameters; dicts and lists count by what they say, missing is a value"
+    "Numbers (runs, columns) of hyperparameters' values; dicts and lists count by what they say, missing is a value"
     if missing := [c for c in cols if c not in df]: raise ValueError(
         f"no column {missing[0]!r}: the columns are {', '.join(map(str, df.columns))}")
-    codes = [pd.factorize(df[c].map(lambda v: v if np.isscalar(v) else repr(v)), use_na_sentinel=False)[0] for c in cols]
+    def plain(v): return v if np.isscalar(v) else repr(v)
+    codes = [pd.factorize(df[c].map(plain), use_na_sentinel=False)[0] for c in cols]
     return np.stack(codes, 1) if cols else np.zeros((len(df), 0), int)
 
 def _signs(m, t):
@@ -38,7 +39,10 @@ def _signs(m, t):
     return v*w,(v!=0)|(w!=0)
 
 # %% ../../nbs/measures/ranking.ipynb #8cab9c83
-def _groups(codes): return np.unique(codes, axis=0, return_inverse=True)[1].ravel() if codes.shape[1] else np.zeros(len(codes), int)
+def _groups(codes):
+    "Number of each distinct row"
+    if not codes.shape[1]: return np.zeros(len(codes), int)
+    return np.unique(codes, axis=0, return_inverse=True)[1].ravel()
 
 def _granulated(m, t, codes, by):
     "Coefficient of each hyperparameter, a column of `codes`; NaN where no pair differs in it alone"
@@ -119,7 +123,7 @@ def bootstrap_interval(
     level:float=.95, # of the interval, in (0,1)
     seed:int=0 # of the resampling
 )->pd.DataFrame: # a row a score: estimate, low, high
-    "Estimate scores with percentile intervals over resampled runs (Efron 1979); scores that fail on a resample are left out."
+    "Estimate scores with percentile intervals over resampled runs, but those where `score` fails (Efron 1979)."
     if not 0<level<1: raise ValueError(f"level={level!r}: give a share between 0 and 1")
     if times<1: raise ValueError(f"times={times!r}: give a whole number >= 1")
     rng,draws = np.random.default_rng(seed),[]
@@ -154,7 +158,7 @@ def rank_measures(
     level:float=.95, # of the intervals, in (0,1)
     seed:int=0 # of the resampling
 )->pd.DataFrame: # a row a measure and score: estimate, low, high
-    "Score several measures with intervals; runs without a measure are left out for it, and counted in `runs` (Jiang 2020)."
+    "Score several measures with intervals, each on the runs that have it, counted in `runs` (Jiang 2020)."
     out = {}
     for name in measures:
         col = name.removeprefix('-')
