@@ -13,6 +13,7 @@ from fastai.callback.mixup import MixUp
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 
 from ..regularizers.hyperspherical import MHE, CoMHE
+from ..regularizers.sparsity import TargetedSparsity
 
 # %% ../../nbs/experiments/methods.ipynb #ecd7b700
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ METHODS = dict( # chkstyle: ignore-node
     comhe_adversarial=Method("half-space energy of adversarial projections (Lin et al. 2020)", dict(lam=1., s=2.),
         lambda **kw: Pieces((CoMHE.paper('adversarial', **kw),)), dict(lam=(.01, 100., 'log'))),
     comhe_group=Method("half-space energy of groups of coordinates (Lin et al. 2020)", dict(lam=1., s=2.),
-        lambda **kw: Pieces((CoMHE.paper('group', **kw),)), dict(lam=(.01, 100., 'log'))))
+        lambda **kw: Pieces((CoMHE.paper('group', **kw),)), dict(lam=(.01, 100., 'log'))),
+    targeted_sparsity=Method("dense activations in chosen layers (Huesmann et al. 2020)",
+        dict(lam=1., layers='auto', over='samples'), lambda **kw: Pieces((TargetedSparsity(**kw),)), dict(lam=(.01, 10., 'log'))))
 
 # %% ../../nbs/experiments/methods.ipynb #62d72e06
 def one_of(

@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'target_layers', 'TargetedSparsity', 'activation_sparsity',
            'measure_sparsity', 'perplexity', 'sparsity', 'SparsityMonitor', 'overfit_onset']
 
 # %% ../../nbs/regularizers/sparsity.ipynb #51bbcc9a
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from fastcore.basics import patch, store_attr
 
 from ..core import ActivationRegularizer, Regularizer, _check_number, _is_compiled
@@ -70,6 +70,7 @@ class TargetedSparsity(ActivationRegularizer):
         self.setup()
 
     def before_batch(self):
+        if self._new: self._begin()
         self._outputs = {}
         self._capture = each_call(self.model, self.selected, lambda k, o: self._outputs.__setitem__(k, o.clone()))
         self._capture.__enter__()
@@ -81,7 +82,12 @@ def setup(self:TargetedSparsity):
     if any(map(_is_compiled, self.model.modules())): raise ValueError("TargetedSparsity reads activations, and a compiled "
         "model hands out none: train it without compile")
     self.dims = channel_dims(self.model, self.selected)
-    kept,self._kept,self._seen = self._kept or {},None,[]
+    self._new = True # `validate` comes here too, so the rest waits for the first training batch
+
+@patch
+def _begin(self:TargetedSparsity):
+    "Start with what was loaded, or afresh"
+    kept,self._kept,self._seen,self._new = self._kept or {},None,[],False
     self.chosen,self.history = list(kept.get('chosen', [])),{k:list(v) for k,v in kept.get('history', {}).items()}
 
 @patch

@@ -90,7 +90,7 @@ def _centred(x):
     "Columns of (B,C), each scaled by its maximum and centred; and which of them vary beyond rounding"
     x = x/x.detach().abs().amax(0).clamp(min=_floor(x))
     c = x-x.mean(0)
-    return c,c.detach().square().mean(0)>_NOISE*torch.finfo(x.dtype).eps**2
+    return c,~(c.detach().square().mean(0)<=_NOISE*torch.finfo(x.dtype).eps**2) # NaN goes through
 
 def _mean_pair(g, ok):
     "Mean |g_ij| over pairs i<j of channels that are `ok`"
@@ -161,7 +161,7 @@ def values(self:SparsityMeter)->dict: # name -> scalar tensor in [0,1] on the de
     if not self.n: raise ValueError("nothing was added yet: run at least one batch through the layer")
     f,scale = self.filters(),self.top.clamp(min=_floor(self.top))
     var = self.m2.diagonal()/scale.square()
-    ok = var/self.n>_NOISE*torch.finfo(torch.float32).eps**2
+    ok = ~(var/self.n<=_NOISE*torch.finfo(torch.float32).eps**2)
     sd = self.m2.diagonal().masked_fill(~ok, 1).sqrt()
     low,high = f.quantile(torch.tensor([.1,.9], dtype=f.dtype, device=f.device))
     unit,position = [torch.full_like(low, torch.nan) if o is None else o/self.n for o in self.parts]
@@ -172,20 +172,22 @@ def values(self:SparsityMeter)->dict: # name -> scalar tensor in [0,1] on the de
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.RReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold, nn.GLU)
 
+_MORE = {'swish','gelutanh','quickgelu','hardmish'} # what libraries such as timm call their own
+_NAMES = _MORE | {o.__name__.lower() for o in ACTIVATIONS}
+
 def _plain(model): return get_model(getattr(model, '_orig_mod', model))
+def _types(model): return ACTIVATIONS + tuple({type(m) for m in model.modules() if type(m).__name__.lower() in _NAMES})
 
 def activation_layers(
     model:nn.Module, # network
-    layers=None, # see `select_layers`; None for all activation modules
-    types:tuple=ACTIVATIONS # what counts as one
+    layers=None # see `select_layers`; None for all activation modules
 )->dict: # name -> module
     "Select activation layers; a `ValueError` says what to do where there is none."
-    try: return select_layers(model, layers, types)
-    except ValueError as e:
-        net = _plain(model)
-        if any(isinstance(m, types) for m in net.modules()): raise
-        raise ValueError(f"{e}: {type(net).__name__} has no activation modules (functions such as F.relu are none); "
-            "choose the layers before them, such as layers=nn.BatchNorm2d, and give act=torch.relu") from e
+    net,types = _plain(model),_types(model)
+    if isinstance(layers, (str,type(None))) and not any(isinstance(m, types) for m in net.modules()):
+        raise ValueError(f"layers={layers!r}: {type(net).__name__} has no activation modules (functions such as F.relu "
+            "are none); choose the layers before them, such as layers=nn.BatchNorm2d, and give act=torch.relu")
+    return select_layers(net, layers, types)
 
 # %% ../../nbs/regularizers/sparsity_measure.ipynb #04cb2d23
 def channel_dims(

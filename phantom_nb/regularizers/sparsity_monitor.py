@@ -133,12 +133,15 @@ def mean_over_layers(self:SparsityMonitor,
 # %% ../../nbs/regularizers/sparsity_monitor.ipynb #0d872cff
 @patch
 def before_fit(self:SparsityMonitor):
-    "Choose the layers and begin a record, unless a stopped fit goes on."
-    self._on = not any(hasattr(self.learn, o) for o in ('lr_finder','gather_preds'))
-    if not self._on: return
-    if not hasattr(self.learn, 'skip_to_epoch'): self._reset()
-    self._on,self._sums = True,{}
+    "Choose the layers; nothing is recorded before the first training batches, for `validate` calls this too."
+    self._on,self._sums,self._new = False,{},not hasattr(self.learn, 'skip_to_epoch')
     self._select(self.model)
+
+@patch
+def before_train(self:SparsityMonitor):
+    "Begin a record, unless a stopped fit goes on."
+    if self._new and not hasattr(self.learn, 'lr_finder'): self._reset()
+    self._on,self._new = not hasattr(self.learn, 'lr_finder'),False
 
 @patch
 def before_batch(self:SparsityMonitor):
