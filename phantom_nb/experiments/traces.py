@@ -103,9 +103,9 @@ def trace_many(
 
 # %% ../../nbs/experiments/traces.ipynb #1faf0f88
 def warning_runs()->list: # `Run`s, pilot seeds first
-    "Specify the test of the warning: 48 runs that judge and 18 that choose."
+    "Specify the test of the warning: 48 runs that judge and 20 that choose."
     common = dict(experiment='sparsity-warning', schedule='constant', lr=.003, bs=32, n_valid=300)
-    kinds = [dict(data=d, n_train=n, epochs=e) for d in ('fashion_mnist','cifar10') for n,e in ((100,100), (400,50))]
+    kinds = [dict(data=d, n_train=n, epochs=e) for d in ('fashion_mnist','cifar10') for n,e in ((100,150), (400,75))]
     kinds.append(dict(data='fashion_mnist', n_train=1000, epochs=20, augment=True))
     return [Run(seed=s, model=m, **k, **common) for s in (1000,1001,0,1,2,3,4) for k in kinds for m in ('small_cnn','plain_cnn')
         if s!=4 or not k.get('augment')]

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-import pandas as pd
+import numpy as np, pandas as pd
 from ..core import get_model, select_layers
 
 # %% ../../nbs/regularizers/sparsity_measure.ipynb #b41f7429
@@ -58,14 +58,14 @@ def _flat(a, channel_dim=1):
 
 def _responses(a):
     "Mean |a| over positions: (B,C); divided first, so that the sum of huge values stays finite"
-    return (a.abs()/a.shape[2]).sum(2) if a.ndim>2 else a.abs()
+    return torch.linalg.vector_norm(a/a.shape[2], 1, 2) if a.ndim>2 else a.abs()
 
 def _vectors(a, over):
     "Arrange (B,C) or (B,C,P) so that the vectors lie along the last axis"
     if over not in OVER: raise ValueError(f"over={over!r}: choose from {', '.join(OVER)}")
     if over!='positions': return _responses(a) if over=='units' else _responses(a).mT
     if a.ndim<3: raise ValueError(f"over={over!r} needs maps, not {tuple(a.shape)}: use 'units', or layers with positions")
-    return a
+    return a.contiguous() # the logarithm of a strided map is many times slower
 
 # %% ../../nbs/regularizers/sparsity_measure.ipynb #f9487611
 def activation_sparsity(
@@ -110,63 +110,89 @@ def filter_correlation(
     return _mean_pair(z.mT@z, ok).clamp(max=1)
 
 # %% ../../nbs/regularizers/sparsity_measure.ipynb #47d4dc04
+def _array(a): return a.cpu().double().numpy()
+
+def _from_sums(s, q, alive, n):
+    "Sparsity from the two sums of a vector of `n` entries (eq. 5)"
+    s = np.where(alive, s, 1)
+    perp = np.where(alive, s*np.exp(-q/s), 1).clip(1, n)
+    return (n-perp)/(n-1) if n>1 else 1.-alive
+
+# %% ../../nbs/regularizers/sparsity_measure.ipynb #5e69d72f
+def _along(x, floor):
+    "Sparsity of non-negative vectors along the last axis"
+    q = (x*np.log(np.maximum(x, 1e-300))).sum(-1)
+    return _from_sums(x.sum(-1), q, x.max(-1)>floor, x.shape[-1])
+
+@torch.no_grad()
+def _fast_means(a):
+    "Mean |a| and mean over positions; the plain sum of huge values overflows, and then the slow one is taken"
+    if a.ndim==2: return a.abs(),a
+    mean = a.mean(2)
+    r = mean if a.amin()>=0 else torch.linalg.vector_norm(a, 1, 2)/a.shape[2]
+    return (r,mean) if r.isfinite().all() else (_responses(a),(a/a.shape[2]).sum(2))
+
+# %% ../../nbs/regularizers/sparsity_measure.ipynb #76469d42
 class SparsityMeter:
     "Add up a layer's measures over batches; the result does not depend on how the data are cut (eq. 5)."
     def __init__(self,
         channel_dim:int=1 # axis of the channels, 1 or -1
-    ): self.channel_dim,self.n,self.maps = channel_dim,0,None
+    ): self.channel_dim,self.n = channel_dim,0
 
     @torch.no_grad()
     def add(self,
-        a:Tensor # activations of a batch
+        a:Tensor, # activations of a batch
+        maps:int|None=None # `positions` of so many samples alone, the costly part; None for all
     ):
         "Add a batch."
-        with torch.autocast(a.device.type, enabled=False):
-            a = _flat(a.detach(), self.channel_dim)
-            r,n = _responses(a),len(a)
-            x = r.double()
-            mean = (a/a.shape[2]).sum(2).double() if a.ndim>2 else a.double()
-            sums = torch.stack([x.sum(0), (x*x.masked_fill(x==0, 1).log()).sum(0), _alive(r, 0).double()])
-            parts = sparsity(r).double().sum(),sparsity(a).mean(1).double().sum() if a.ndim>2 else None
-            self._merge(n, sums, parts, mean)
+        a = _flat(a.detach(), self.channel_dim)
+        floor,(r,mean) = _floor(a),_fast_means(a)
+        mean = _array(mean) if mean is not r else None
+        r = _array(r)
+        q = r*np.log(np.maximum(r, 1e-300))
+        rows = _from_sums(r.sum(1), q.sum(1), r.max(1)>floor, r.shape[1])
+        s = _along(_array(a[:maps].abs().contiguous()), floor).mean(1) if a.ndim>2 else np.full(1, np.nan)
+        parts = np.array([rows.sum(), s.sum(), len(s)])
+        self._merge(len(a), np.stack([r.sum(0), q.sum(0), (r>floor).any(0)]), parts, r if mean is None else mean)
 
 # %% ../../nbs/regularizers/sparsity_measure.ipynb #df5c07f0
 @patch
 def _merge(self:SparsityMeter, n, sums, parts, mean):
     "Add sums of `n` more samples to those there are"
-    mu = mean.mean(0)
-    d = mean-mu
-    m2,top = d.mT@d,mean.abs().amax(0)
+    mu,top = mean.mean(0),np.abs(mean).max(0)
+    m2 = (mean-mu).T@(mean-mu)
     if not self.n: self.sums,self.parts,self.mu,self.m2,self.top = sums,parts,mu,m2,top
     else:
         d = mu-self.mu
-        self.m2 = self.m2 + m2 + torch.outer(d, d)*(n*self.n/(n+self.n))
+        self.m2 = self.m2 + m2 + np.outer(d, d)*(n*self.n/(n+self.n))
         self.mu = self.mu + d*(n/(n+self.n))
-        self.sums,self.top = self.sums+sums,self.top.maximum(top)
-        self.parts = [a if a is None else a+b for a,b in zip(self.parts, parts)]
+        self.sums,self.top,self.parts = self.sums+sums,np.maximum(self.top, top),self.parts+parts
     self.n += n
 
 @patch
-def filters(self:SparsityMeter)->Tensor: # (C,) in [0,1]
+def filters(self:SparsityMeter)->np.ndarray: # (C,) in [0,1]
     "Give every channel's sparsity over all samples (eq. 5)."
     s,q,alive = self.sums
-    s = s.masked_fill(alive==0, 1)
-    n = (s*(-q/s).exp()).clamp(1, self.n).masked_fill(alive==0, 1)
-    return ((self.n-n)/(self.n-1)) if self.n>1 else (alive==0).double()
+    return _from_sums(s, q, alive>0, self.n)
+
+# %% ../../nbs/regularizers/sparsity_measure.ipynb #94732684
+def _pairs(m2, top, n):
+    "Mean |Pearson| over pairs of channels that vary beyond rounding, from co-moments"
+    ok = ~(m2.diagonal()/np.maximum(top, 1e-100)**2/n <= _NOISE*torch.finfo(torch.float32).eps**2)
+    k,sd = ok.sum(),np.sqrt(m2.diagonal()[ok])
+    g = np.abs(m2[ok][:,ok]/sd/sd[:,None])
+    return float((g.sum()-g.trace())/(k*(k-1))) if k>1 else 0.
 
 # %% ../../nbs/regularizers/sparsity_measure.ipynb #510219d0
 @patch
-def values(self:SparsityMeter)->dict: # name -> scalar tensor in [0,1] on the device
+def values(self:SparsityMeter)->dict: # name -> number in [0,1]
     "Read units, samples, positions (NaN without maps), correlation, dead, and the range of 80% of the filters."
     if not self.n: raise ValueError("nothing was added yet: run at least one batch through the layer")
-    f,scale = self.filters(),self.top.clamp(min=_floor(self.top))
-    var = self.m2.diagonal()/scale.square()
-    ok = ~(var/self.n<=_NOISE*torch.finfo(torch.float32).eps**2)
-    sd = self.m2.diagonal().masked_fill(~ok, 1).sqrt()
-    low,high = f.quantile(torch.tensor([.1,.9], dtype=f.dtype, device=f.device))
-    unit,position = [torch.full_like(low, torch.nan) if o is None else o/self.n for o in self.parts]
-    return dict(units=unit, samples=f.mean(), positions=position, correlation=_mean_pair(self.m2/sd/sd[:,None], ok),
-        dead=(self.sums[2]==0).double().mean(), low=low, high=high)
+    f = np.sort(self.filters())
+    low,high = f[[round(.1*(len(f)-1)), round(.9*(len(f)-1))]]
+    res = dict(units=self.parts[0]/self.n, samples=f.mean(), positions=self.parts[1]/self.parts[2])
+    res |= dict(correlation=_pairs(self.m2, self.top, self.n), dead=1-(self.sums[2]>0).mean(), low=low, high=high)
+    return {k:float(v) for k,v in res.items()}
 
 # %% ../../nbs/regularizers/sparsity_measure.ipynb #36bb25dd
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.RReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
@@ -235,12 +261,13 @@ def _evaluation(model):
     finally:
         for m,o in modes: m.training = o
 
-def _meters(dims, act, channel_dim):
+def _meters(dims, act, channel_dim, images=None, maps=None):
     "Meters that fill as calls come in, and the function that fills them"
     meters = {}
     def add(k, o):
         if k not in meters: meters[k] = SparsityMeter(channel_dim or dims[_base(k)])
-        meters[k].add(o if act is None else act(o.detach()))
+        o = o.detach()[:images]
+        meters[k].add(o if act is None else act(o), maps)
     return meters,add
 
 # %% ../../nbs/regularizers/sparsity_measure.ipynb #f1498d55
@@ -257,4 +284,4 @@ def measure_sparsity(
     with _evaluation(model), each_call(model, chosen, add):
         for b in batches: model(b if isinstance(b, Tensor) else b[0])
     if not meters: raise ValueError("no activation was seen: give at least one batch that passes the chosen layers")
-    return pd.DataFrame({k:{n:v.item() for n,v in m.values().items()} for k,m in meters.items()}).T
+    return pd.DataFrame({k:m.values() for k,m in meters.items()}).T

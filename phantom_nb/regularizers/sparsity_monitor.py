@@ -72,6 +72,7 @@ class SparsityMonitor(Callback):
         act=None, # function of what the layers put out, where activations are functions
         channel_dim:int|None=None, # 1 or -1; None to go by the layers
         share:float=.05, # part of the batches that is watched, in (0,1]
+        images:int=16, # of a watched batch that are measured, >= 2; for `positions` a sixteenth of them
         over:str='samples', # measure of pictures and alarm: 'units', 'samples', 'positions'
         rise:float=.01, # of the alarm, see `sparsity_alarm`
         window:int=3, # of the alarm, epochs
@@ -79,25 +80,26 @@ class SparsityMonitor(Callback):
         file=None # picture to write after every epoch
     ):
         _check_number('share', share, lambda v: 0<v<=1, "a part of the batches in (0,1]")
+        _check_number('images', images, lambda v: v>=2 and v==int(v), "a number of images >= 2")
         _check_number('rise', rise, lambda v: v>=0, "a rise of sparsity >= 0")
         _check_number('window', window, lambda v: v>=1 and v==int(v), "a number of epochs >= 1")
         if over not in OVER: raise ValueError(f"over={over!r}: choose from {', '.join(OVER)}")
         store_attr()
         self._reset()
 
-    def _reset(self): self.rows,self.losses,self._open,self._shown,self._on,self._meters = [],[],None,None,False,{}
+    def _reset(self):
+        self.rows,self.losses,self._open,self._shown,self._on,self._meters = [],[],ExitStack(),None,False,{}
+        self._now = {} # what changes with each batch; fastai looks up every attribute that is set, slowly
     def _select(self, model):
         self.chosen = activation_layers(model, self.layers)
         self.dims,self.compiled = channel_dims(model, self.chosen),any(map(_is_compiled, model.modules()))
 
+    def _new_meters(self): return _meters(self.dims, self.act, self.channel_dim, self.images, -(-self.images//16))
     def _open_hooks(self, model, split):
-        if split not in self._meters: self._meters[split] = _meters(self.dims, self.act, self.channel_dim)
-        self._open = ExitStack()
+        if split not in self._meters: self._meters[split] = self._new_meters()
         self._open.enter_context(each_call(model, self.chosen, self._meters[split][1]))
 
-    def release(self):
-        if self._open: self._open.close()
-        self._open = None
+    def release(self): self._open.close()
 
 # %% ../../nbs/regularizers/sparsity_monitor.ipynb #12198723
 @patch
@@ -108,9 +110,7 @@ def end_epoch(self:SparsityMonitor,
     "Close an epoch: keep its rows and losses; call it yourself in a loop of your own."
     epoch = len(self.losses)
     for split,(meters,_) in self._meters.items():
-        vals = {k:m.values() for k,m in meters.items()}
-        flat = torch.stack([torch.stack(list(o.values())) for o in vals.values()]).tolist() if vals else []
-        for (k,o),v in zip(vals.items(), flat): self.rows.append(dict(epoch=epoch, split=split, layer=k, **dict(zip(o, v))))
+        self.rows += [dict(epoch=epoch, split=split, layer=k, **m.values()) for k,m in meters.items()]
     self.losses.append(dict(epoch=epoch, train_loss=float(train_loss), valid_loss=float(valid_loss)))
     self._meters = {}
     if self.live or self.file: self._draw()
@@ -137,6 +137,7 @@ def before_fit(self:SparsityMonitor):
     self._on,self._sums,self._new = False,{},not hasattr(self.learn, 'skip_to_epoch')
     self._select(self.model)
 
+# %% ../../nbs/regularizers/sparsity_monitor.ipynb #f533f0e8
 @patch
 def before_train(self:SparsityMonitor):
     "Begin a record, unless a stopped fit goes on."
@@ -147,9 +148,9 @@ def before_train(self:SparsityMonitor):
 def before_batch(self:SparsityMonitor):
     "Watch this batch if it is one of the evenly spread few."
     stride = max(1, self.n_iter//max(1, round(self.share*self.n_iter)))
-    self._take = self._on and self.iter%stride==stride//2
-    self._split = 'train' if self.training else 'valid'
-    if self._take and not self.compiled: self._open_hooks(self.model, self._split)
+    take,split = self._on and self.iter%stride==stride//2,'train' if self.training else 'valid'
+    self._now.update(take=take, split=split)
+    if take and not self.compiled: self._open_hooks(self.model, split)
 
 @patch
 def after_pred(self:SparsityMonitor): self.release()
@@ -159,10 +160,10 @@ def after_pred(self:SparsityMonitor): self.release()
 def after_batch(self:SparsityMonitor):
     "Add up the loss; pass a compiled network's batch once more."
     if not self._on: return
-    n,(total,count) = find_bs(self.yb or self.xb),self._sums.get(self._split, (0.,0))
-    self._sums[self._split] = total+n*self.learn.loss.detach().double(),count+n
-    if not (self._take and self.compiled): return
-    self._open_hooks(self.model, self._split)
+    split = self._now['split']
+    self._sums.setdefault(split, []).append((self.learn.loss.detach(), find_bs(self.yb or self.xb)))
+    if not (self._now['take'] and self.compiled): return
+    self._open_hooks(self.model, split)
     try:
         with _evaluation(self.model): _plain(self.model)(*self.xb)
     finally: self.release()
@@ -171,14 +172,19 @@ def after_batch(self:SparsityMonitor):
 @patch
 def after_epoch(self:SparsityMonitor):
     "Close the epoch, unless it was passed over."
-    if self._on and self._sums: self.end_epoch(*[t/n if n else np.nan for t,n in map(self._mean_of, ('train','valid'))])
+    if self._on and self._sums: self.end_epoch(*map(self._mean_loss, ('train','valid')))
     self._sums = {}
 
 @patch
-def _mean_of(self:SparsityMonitor, split): return self._sums.get(split, (np.nan,0))
-
-@patch
 def after_fit(self:SparsityMonitor): self._on = False
+
+# %% ../../nbs/regularizers/sparsity_monitor.ipynb #4c241d4e
+@patch
+def _mean_loss(self:SparsityMonitor, split):
+    "Mean over images of what the batches left"
+    if not self._sums.get(split): return np.nan
+    loss,n = zip(*self._sums[split])
+    return np.average(torch.stack(loss).tolist(), weights=n)
 
 # %% ../../nbs/regularizers/sparsity_monitor.ipynb #3bda4517
 @patch
