@@ -218,7 +218,7 @@ def _guarded(self, f, event_type, ex, final=noop):
     try: _with_events(self, f, event_type, ex, final)
     finally:
         if event_type=='fit':
-            for cb in self.cbs.filter(risinstance(Regularizer)): cb.release()
+            for cb in self.cbs: getattr(type(cb), 'release', noop)(cb)
 
 def _states(learn):
     cbs = learn.cbs.filter(risinstance(Regularizer))

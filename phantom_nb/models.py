@@ -8,6 +8,7 @@ __all__ = ['MODELS', 'small_cnn', 'cnn9', 'vgg', 'PreActBlock', 'wrn', 'resnet18
 # %% ../nbs/models.ipynb #a7695deb
 import math
 from collections import OrderedDict
+from functools import partial
 from inspect import signature
 from numbers import Integral
 
@@ -18,7 +19,7 @@ from torchvision.models import resnet
 from torchvision.models.vgg import make_layers
 
 # %% ../nbs/models.ipynb #cf304802
-_sides = dict(small_cnn=(4, math.inf), cnn9=(32, 32), vgg=(16, math.inf), wrn=(4, math.inf), resnet18=(8, math.inf))
+_sides = dict(small_cnn=(4, math.inf), plain_cnn=(4, math.inf), cnn9=(32, 32), vgg=(16, math.inf), wrn=(4, math.inf), resnet18=(8, math.inf))
 
 def _check(name, size, **counts):
     "Raise ValueError if network `name` cannot read images of `size`, or a count is not one."
@@ -72,14 +73,15 @@ def small_cnn(
     size:int|tuple=32, # side, or (height, width), in pixels; at least 4
     width:float=1., # factor on the channels (16, 32, 64), above 0
     depth:float=1., # factor on the convolutions a stage (1, 2, 2), above 0
-    dropout:float=0. # probability in [0,1) of dropping a feature before the classifier
+    dropout:float=0., # probability in [0,1) of dropping a feature before the classifier
+    bn:bool=True # batch normalization; without it each convolution has a bias
 )->nn.Module: # (B, n_in, H, W) -> (B, n_out) logits
     "Build a CNN that is quick on a CPU; ValueError for what it cannot read (ours)."
     _check('small_cnn', size, n_in=n_in, n_out=n_out)
     stages,ni = {},n_in
     for i,(nf,n) in enumerate(((16,1), (32,2), (64,2)), 1):
         nf,n = _scaled(nf, width, 'width'),_scaled(n, depth, 'depth')
-        blocks = [_block(ni if j==0 else nf, nf) for j in range(n)]
+        blocks = [_block(ni if j==0 else nf, nf, bn=bn) for j in range(n)]
         stages[f'stage{i}'] = nn.Sequential(*blocks, *([nn.MaxPool2d(2)] if i<3 else []))
         ni = nf
     return _he(_named(**stages, head=_head(ni, n_out, dropout)))
@@ -195,7 +197,7 @@ def resnet18(
     return net
 
 # %% ../nbs/models.ipynb #03995520
-MODELS = dict(small_cnn=small_cnn, cnn9=cnn9, vgg=vgg, wrn=wrn, resnet18=resnet18)
+MODELS = dict(small_cnn=small_cnn, plain_cnn=partial(small_cnn, bn=False), cnn9=cnn9, vgg=vgg, wrn=wrn, resnet18=resnet18)
 
 def create_model(
     name:str, # a key of `MODELS`

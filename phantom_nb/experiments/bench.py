@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'PHANTOMS', 'plain_energy', 'best_seconds', 'bench_energy', 'plain_epoch', 'bench_loop', 'comhe_penalties',
-           'bench_comhe', 'bench_measures', 'bench_phantom', 'save_bench']
+           'bench_comhe', 'bench_measures', 'bench_phantom', 'bench_monitor', 'sparsity_penalty', 'bench_sparsity',
+           'save_bench']
 
 # %% ../../nbs/experiments/bench.ipynb #b47c54d7
-import resource, subprocess, sys, tempfile
+import resource, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +19,14 @@ from sklearn.metrics.pairwise import cosine_distances
 from torch.nn import functional as F
 
 from ..core import select_layers
-from .runner import Checkpoint, Run, make_learner, provenance, write_rows
+from .runner import Checkpoint, NoValidation, Run, make_learner, provenance, write_rows
 from ..measures.clustering import cosine_distance_std, silhouette_cosine
 from ..models import create_model
 from ..regularizers.embeddings import ClassQueue
 from ..regularizers.hyperspherical import CoMHE, hyperspherical_energy
 from ..regularizers.phantom import phantom_loss
+from ..regularizers.sparsity import SparsityMonitor, TargetedSparsity
+from ..regularizers.sparsity_measure import OVER
 
 # %% ../../nbs/experiments/bench.ipynb #079ce10f
 def plain_energy(
@@ -266,6 +269,99 @@ def bench_phantom(
     return pd.DataFrame(rows).assign(model=model, batch=batch, d=z.shape[1], **provenance(device))
 
 BENCHES['phantom'] = bench_phantom
+
+# %% ../../nbs/experiments/bench.ipynb #58361f46
+class _Clock:
+    "Time spent in wrapped functions, in seconds; waits for a GPU"
+    def __init__(self, device): self.device,self.spent,self.on = torch.device(device),0.,False
+    def now(self):
+        if self.device.type!='cuda': return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def wrap(self, f):
+        def timed(*args):
+            if self.on: return f(*args) # inside another one
+            self.on,start = True,self.now()
+            try: return f(*args)
+            finally: self.on,self.spent = False,self.spent+self.now()-start
+        return timed
+
+class _TimedMonitor(SparsityMonitor):
+    "A monitor on a clock"
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def __call__(self, event):
+        f = super().__call__
+        return (self.clock.wrap(f) if hasattr(type(self), event) else f)(event) # reading the clock costs, too
+
+    def _new_meters(self):
+        meters,add = super()._new_meters()
+        return meters,self.clock.wrap(add)
+
+# %% ../../nbs/experiments/bench.ipynb #4b07a1cc
+def bench_monitor(
+    data:str='fashion_mnist', # a key of `DATASETS`
+    sizes=((500,250), (2048,512)), # (training, validation) images
+    epochs:int=4, # epochs that are timed, >= 1
+    root=None, # folder to look for the data first
+    device=None # torch device; None for the GPU if there is one
+)->pd.DataFrame: # per size: milliseconds an epoch and of the monitor in it, share in [0,1], and what measured it
+    "Measure the share of an epoch, validation included, that `SparsityMonitor` takes."
+    rows,threads = [],torch.get_num_threads()
+    torch.set_num_threads(1)
+    for n,v in sizes:
+        learn = make_learner(Run(data=data, n_train=n, n_valid=v, schedule='constant'), root, device)
+        clock = _Clock(learn.dls.device)
+        learn.remove_cb(NoValidation)
+        learn.fit(1)
+        learn.add_cb(_TimedMonitor(clock))
+        start = clock.now()
+        learn.fit(epochs)
+        total = clock.now()-start
+        row = dict(n=n, bs=64, epoch_ms=1e3*total/epochs, monitor_ms=1e3*clock.spent/epochs, share=clock.spent/total)
+        rows.append(row | provenance(learn.dls.device))
+    torch.set_num_threads(threads)
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/experiments/bench.ipynb #b33ee39d
+def sparsity_penalty(
+    model:torch.nn.Module, # network
+    x:torch.Tensor, # (B,C,H,W) images
+    over:str='samples' # what sparsity is measured over
+): # function without arguments that returns the gradients
+    "Build `TargetedSparsity` on all layers for one batch, ready to be timed."
+    cb = TargetedSparsity(layers='all', over=over)
+    cb.learn = SimpleNamespace(model=model)
+    cb.before_fit()
+    cb.before_batch()
+    model(x)
+    acts = {k:a.detach().requires_grad_() for k,a in cb._outputs.items()}
+    cb.release()
+    def grads():
+        cb._outputs = {k:a.clone() for k,a in acts.items()}
+        return torch.autograd.grad(cb.penalty(), list(acts.values()))
+    return grads
+
+def bench_sparsity(
+    models=('small_cnn','resnet18'), # keys of `MODELS` that read 32×32 images
+    batch:int=128, # images a step
+    device=None, # torch device; None for the GPU if there is one
+    seconds:float=2. # how long to repeat each program
+)->pd.DataFrame: # per network and measure: milliseconds, cost as a share of a step, and what measured it
+    "Measure what `TargetedSparsity` adds to a training step."
+    device,rows = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')),[]
+    for name in models:
+        model = create_model(name, 3, 100, 32, seed=0).to(device)
+        x,y = torch.randn(batch, 3, 32, 32, device=device),torch.arange(batch, device=device)%100
+        fs = [sparsity_penalty(model, x, o) for o in OVER]
+        step,*times = [1e3*t for t in best_seconds(_training_step(model, x, y), *fs, seconds=seconds, rounds=3)]
+        rows += [dict(model=name, over=o, step_ms=step, penalty_ms=t, cost=t/step) for o,t in zip(OVER, times)]
+    return pd.DataFrame(rows).assign(**provenance(device))
+
+BENCHES |= dict(monitor=bench_monitor, sparsity=bench_sparsity)
 
 # %% ../../nbs/experiments/bench.ipynb #e25e4dd7
 def save_bench(

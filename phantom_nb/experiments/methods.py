@@ -14,6 +14,7 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 
 from ..regularizers.hyperspherical import MHE, CoMHE
 from ..regularizers.phantom import PhantomEmbeddings
+from ..regularizers.sparsity import TargetedSparsity
 
 # %% ../../nbs/experiments/methods.ipynb #ecd7b700
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ METHODS = dict( # chkstyle: ignore-node
         dict(lam=(.01, 10., 'log'))),
     phantom_separate=Method("classes' phantoms away from one another (Arif et al. 2023; form ours)",
         dict(lam=1., k=None), lambda **kw: Pieces((PhantomEmbeddings(mode='separate', **kw),)),
-        dict(lam=(.01, 10., 'log'))))
+        dict(lam=(.01, 10., 'log'))),
+    targeted_sparsity=Method("dense activations in chosen layers (Huesmann et al. 2020)",
+        dict(lam=1., layers='auto', over='samples'), lambda **kw: Pieces((TargetedSparsity(**kw),)), dict(lam=(.01, 10., 'log'))))
 
 # %% ../../nbs/experiments/methods.ipynb #62d72e06
 def one_of(

@@ -1,0 +1,485 @@
+"Sparsity: the measure against its definition, streaming against the whole, the penalty, the monitor and its silence"
+import copy, json, math
+from functools import partial
+from pathlib import Path
+
+import matplotlib, numpy as np, pytest, timm, torch, torchvision
+from fastai.basics import Callback, Learner, load_learner, noop
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import LRFinder
+from fastai.callback.training import GradientAccumulation
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from phantom_nb.core import _n_hooks, check_regularizer
+from phantom_nb.data import get_dls
+from phantom_nb.experiments import bench, traces
+from phantom_nb.experiments.runner import Run, load_results
+from phantom_nb.models import create_model
+from phantom_nb.regularizers import sparsity_measure as measure
+from phantom_nb.regularizers.sparsity import SparsityMonitor, TargetedSparsity, activation_sparsity, dead_units
+from phantom_nb.regularizers.sparsity import filter_correlation, measure_sparsity, perplexity, sparsity, target_layers
+from phantom_nb.regularizers.sparsity_monitor import judge_alarm, loss_alarm, overfit_onset, sparsity_alarm
+
+matplotlib.use('agg')
+OVER = 'units','samples','positions'
+SHAPES = [(7,5), (7,5,6), (7,5,3,4), (7,5,2,3,2)]
+DTYPES = torch.float16,torch.bfloat16,torch.float32,torch.float64
+
+def randn(*shape, seed=0, **kw): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kw)
+
+def loop_sparsity(v):
+    "From the definition, entry by entry"
+    v = [abs(o) for o in v]
+    if not sum(v): return 1.
+    p = [o/sum(v) for o in v]
+    return 1-(math.exp(-sum(o*math.log(o) for o in p if o))-1)/(len(v)-1)
+
+def loop(a, over):
+    a = a.flatten(2) if a.ndim>2 else a[...,None]
+    r = a.abs().mean(2)
+    vs = dict(units=r, samples=r.T, positions=a.flatten(0, 1))[over]
+    return np.mean([loop_sparsity(v) for v in vs.tolist()])
+
+def learner(*cbs, model=None, n_train=48, n_valid=20, bs=16, **kw):
+    model = model or create_model('small_cnn', size=8, seed=0)
+    learn = Learner(get_dls('digits', n_train=n_train, n_valid=n_valid, bs=bs, seed=0, device='cpu'), model, cbs=list(cbs), lr=.01, **kw)
+    learn.logger,learn.create_mbar = noop,False
+    return learn.remove_cbs(list(learn.cbs.filter(lambda o: isinstance(o, ProgressCallback))))
+
+
+# The measure
+
+@pytest.mark.parametrize('over', OVER)
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_against_a_loop(shape, over):
+    a = randn(*shape, dtype=torch.float64).where(randn(*shape, seed=1)>-.5, 0)
+    if over=='positions' and len(shape)==2:
+        with pytest.raises(ValueError, match="'positions' needs maps"): activation_sparsity(a, over)
+    else: assert abs(activation_sparsity(a, over)-loop(a, over)) < 1e-12
+
+@pytest.mark.parametrize('over', OVER)
+def test_tokens_are_told_by_the_argument(over):
+    a = randn(7, 5, 6)
+    assert activation_sparsity(a.movedim(1, -1), over, channel_dim=-1)==activation_sparsity(a, over)
+    assert abs(activation_sparsity(a, over, channel_dim=-1)-activation_sparsity(a, over))>1e-4
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('n', [2, 3, 64, 1000])
+def test_exact_at_the_ends(n, dtype):
+    a = torch.stack([torch.full((n,), .3), torch.eye(n)[1], torch.zeros(n)]).to(dtype)
+    assert perplexity(a).tolist()==[n,1,1] and sparsity(a).tolist()==[0,1,1]
+
+def test_one_unit_is_dense_unless_dead():
+    assert sparsity(torch.tensor([[3.],[-1e-3],[0.]])).tolist()==[0,0,1]
+    with pytest.raises(ValueError, match='at least one unit'): perplexity(torch.zeros(3, 0))
+
+VALUES = st.one_of(st.just(0.), st.floats(-2.**127, 2.**127, width=32), st.floats(-2.**-120, 2.**-120, width=32), st.floats(-5, 5, width=32))
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(VALUES, min_size=12, max_size=12), st.sampled_from([(3,4), (2,3,2), (12,1), (1,12), (2,2,3)]))
+def test_finite_and_in_range_whatever_comes(vals, shape):
+    a = torch.tensor(vals).view(shape).requires_grad_()
+    vs = [activation_sparsity(a, o) for o in OVER[:3 if len(shape)>2 else 2]] + [filter_correlation(a)]
+    for v in vs:
+        g, = torch.autograd.grad(v, a, retain_graph=True, allow_unused=True)
+        assert 0<=v<=1 and (g is None or g.isfinite().all())
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 40), st.floats(1e-12, 1e12))
+def test_scale_sign_and_order_do_not_matter(seed, n, c):
+    a = randn(4, n, seed=seed, dtype=torch.float64)
+    i = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    assert (perplexity(-c*a[:,i])-perplexity(a)).abs().max() < 1e-9*n
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_half_precision_neither_overflows_nor_rounds(dtype):
+    a = torch.full((4,3,20,20), torch.finfo(dtype).max/4, dtype=dtype)
+    a[0] /= 2
+    want = activation_sparsity(a.double()/a.double().max(), 'samples')
+    v = activation_sparsity(a, 'samples')
+    assert v.dtype==(torch.float64 if dtype==torch.float64 else torch.float32) and abs(v-want)<1e-5
+
+def test_gradient_is_zero_where_dead_and_at_zeros_and_true_elsewhere():
+    a = randn(4, 6, dtype=torch.float64).abs()
+    a[0],a[1,2] = 0,0
+    a.requires_grad_()
+    g, = torch.autograd.grad(sparsity(a).sum(), a)
+    p,n = a/a.sum(1, keepdim=True).clamp(min=1e-300),perplexity(a)[:,None]
+    want = -(n/5/a.sum(1, keepdim=True))*(1/(n*p)).log()
+    assert (g[0]==0).all() and g[1,2]==0 and (g-want)[a>0].abs().max()<1e-12
+
+def test_nan_is_not_hidden():
+    a = torch.ones(3, 4)
+    a[1,1] = math.nan
+    assert activation_sparsity(a).isnan() and filter_correlation(a).isnan()
+
+def test_dead_units_are_silent_for_all():
+    a = torch.zeros(3, 4, 2, 2)
+    a[0,1,0,0],a[:,2] = -1,1
+    assert dead_units(a)==.5
+
+@pytest.mark.parametrize('bad', [dict(over='filters'), dict(channel_dim=2)], ids=str)
+def test_wrong_option_is_named(bad):
+    with pytest.raises(ValueError, match=repr(list(bad.values())[0])): activation_sparsity(torch.ones(2, 3), **bad)
+    with pytest.raises(ValueError, match='give'): activation_sparsity(torch.ones(3))
+
+
+# Correlation
+
+@pytest.mark.parametrize('scale', [1e-15, 1., 1e30])
+def test_correlation_is_numpys(scale):
+    x = randn(40, 7) + 3
+    want = np.abs(np.corrcoef(x.double().numpy().T))[np.triu_indices(7, 1)].mean()
+    assert abs(filter_correlation(scale*x)-want) < 1e-5
+
+def test_constant_channels_are_left_out():
+    x = randn(20, 4)
+    want = filter_correlation(x)
+    padded = torch.cat([x, torch.full((20,1), .1), torch.zeros(20, 1), torch.full((20,1), 1e30)], 1)
+    assert abs(filter_correlation(padded)-want) < 1e-6
+    assert filter_correlation(padded[:,3:])==0 and filter_correlation(x[:1])==0
+
+def test_correlated_filters_feel_a_force():
+    x = randn(20, 2)
+    x[:,1] = x[:,0]+.5*x[:,1]
+    x.requires_grad_()
+    before = filter_correlation(x)
+    g, = torch.autograd.grad(before, x)
+    assert filter_correlation(x-.1*g/g.norm()) < before-1e-4
+
+
+# Streaming
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([(), (3,), (2,2)]), st.floats(0, 1e3))
+def test_streaming_is_the_whole(seed, cuts, pos, shift):
+    a = randn(sum(cuts), 5, *pos, seed=seed).relu()
+    a[:,0] = 0
+    a[:,1] += shift
+    meter = measure.SparsityMeter()
+    for o in a.split(cuts): meter.add(o)
+    v = meter.values()
+    for o in OVER if pos else OVER[:2]: assert abs(v[o]-activation_sparsity(a, o)) < 2e-5
+    assert abs(v['dead']-dead_units(a))<1e-6
+    ok = a.flatten(2).mean(2)[:,1:].std(0).min()>1e-2*(1+shift) if pos else a[:,1:].std(0).min()>1e-2*(1+shift)
+    if len(a)>3 and ok: assert abs(v['correlation']-filter_correlation(a.double())) < 1e-4
+
+def test_streaming_needs_two_sums_only_and_one_batch_to_begin():
+    m = measure.SparsityMeter()
+    with pytest.raises(ValueError, match='nothing was added'): m.values()
+    m.add(torch.rand(10**4, 3))
+    assert m.sums.shape==(3,3)
+
+@pytest.mark.parametrize('bs', [1, 7, 60])
+def test_whole_data_set_whatever_the_batches(bs):
+    model,dls = create_model('small_cnn', size=8, seed=0),get_dls('digits', n_train=60, seed=0)
+    x = dls.train.new(shuffle=False, bs=60).one_batch()[0]
+    a,b = measure_sparsity(model, x.split(bs)),measure_sparsity(model, [x])
+    assert np.allclose(a, b, atol=1e-5, equal_nan=True)
+
+
+# Layers
+
+def test_every_call_of_a_shared_relu_is_a_layer():
+    net = torchvision.models.resnet18(num_classes=10)
+    df = measure_sparsity(net, [randn(2, 3, 32, 32)])
+    assert {'relu','layer1.0.relu','layer1.0.relu:2','layer4.1.relu:2'} <= set(df.index) and len(df)==17
+
+def test_calls_are_counted_anew_in_each_pass():
+    net = create_model('small_cnn', size=8, seed=0)
+    assert len(measure_sparsity(net, [randn(2, 1, 8, 8)]*3))==5
+
+def test_functional_activations_have_a_remedy():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.bn = nn.Conv2d(1, 4, 3),nn.BatchNorm2d(4)
+        def forward(self, x): return F.relu(self.bn(self.conv(x))).mean((2,3))
+    net,x = Net(),randn(8, 1, 8, 8)
+    with pytest.raises(ValueError, match='Net has no activation modules.*layers=nn.BatchNorm2d'): measure_sparsity(net, [x])
+    df = measure_sparsity(net, [x], layers=nn.BatchNorm2d, act=torch.relu)
+    assert abs(df.samples.bn-activation_sparsity(net.eval().bn(net.conv(x)).relu(), 'samples')) < 1e-5
+    learn = learner(TargetedSparsity(layers=nn.BatchNorm2d, act=torch.relu), model=nn.Sequential(net, nn.Linear(4, 10)))
+    learn.fit(1)
+    assert learn.targeted_sparsity.to_frame().share.max()>0
+
+@pytest.mark.parametrize('name,dims', [('vit_tiny_patch16_224',-1), ('resnet18',1), ('mobilenetv3_small_050',1), ('convnext_tiny',-1)])
+def test_channels_of_timms_models(name, dims):
+    kw = dict(img_size=64, patch_size=16, depth=2) if name.startswith('vit') else {}
+    net = timm.create_model(name, pretrained=False, num_classes=10, **kw)
+    layers = measure.activation_layers(net)
+    found = measure.channel_dims(net, layers)
+    seen = {}
+    with measure.each_call(net, layers, lambda k, o: seen.setdefault(k, o.shape)): net.eval()(randn(2, 3, 64, 64))
+    df = measure_sparsity(net, [randn(2, 3, 64, 64)])
+    assert len(df)>=len(layers) and df[['units','samples']].notna().all().all() and set(found.values())=={dims}
+    for k,shape in seen.items(): assert dims==1 or name[:3]=='vit' or shape[-1] in {m.out_features for m in net.modules() if isinstance(m, nn.Linear)}
+
+def test_conv1d_and_tokens_are_told_apart():
+    conv = nn.Sequential(nn.Conv1d(1, 3, 3), nn.BatchNorm1d(3), nn.ReLU())
+    tokens = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU())
+    assert measure.channel_dims(conv, ['2'])=={'2':1} and measure.channel_dims(tokens, ['2'])=={'2':-1}
+
+def test_groups_cut_the_layers_into_thirds():
+    net = nn.Sequential(*[nn.ReLU() for _ in range(7)])
+    cut = [list(target_layers(net, k)) for k in ('early','middle','late')]
+    assert cut==[['0','1'], ['2','3','4'], ['5','6']] and list(target_layers(net, 'all'))==list('0123456')
+    with pytest.raises(ValueError, match="'middle': there are only 2"): target_layers(net[:2], 'middle')
+
+
+# The penalty
+
+@pytest.mark.parametrize('over', OVER)
+def test_penalty_is_the_mean_excess_over_the_chosen_layers(over):
+    seen = []
+    model = create_model('small_cnn', size=8, seed=0)
+    cb = TargetedSparsity(1., ['stage2.0.relu','stage3.0.relu'], target=.05, over=over, correlation=.3)
+    def look(self, f=cb.penalty):
+        a = {k:v.detach() for k,v in cb._outputs.items()}
+        want = np.mean([max(0, activation_sparsity(o, over)-.05)+.3*filter_correlation(o) for o in a.values()])
+        r = f()
+        seen.append(abs(r.item()-want)<1e-6 and set(a)=={'stage2.0.relu','stage3.0.relu'})
+        return r
+    cb.penalty = partial(look, cb)
+    learner(cb, model=model).fit(1)
+    assert seen and all(seen)
+
+def test_no_force_below_the_target():
+    learn = learner(TargetedSparsity(1., 'all', target=.99))
+    learn.fit(1)
+    assert learn.targeted_sparsity.to_frame().penalty.max()==0 and learn.targeted_sparsity.to_frame().share.max()==0
+
+def test_inplace_activations_and_what_follows():
+    "Same numbers and gradients with and without in-place work around the layers"
+    def run(inplace):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(6, 10))
+        learn = learner(TargetedSparsity(1., [nn.BatchNorm2d, nn.ReLU]), model=net)
+        learn.fit(2)
+        return learn.targeted_sparsity.to_frame().penalty.tolist(),net[0].weight.detach()
+    (p,w),(q,v) = run(True),run(False)
+    assert np.allclose(p, q) and torch.allclose(w, v, atol=1e-6)
+
+def test_shared_relu_in_training():
+    cb = TargetedSparsity(1., 'all')
+    learner(cb, model=nn.Sequential(nn.Conv2d(1, 3, 1), torchvision.models.resnet18(num_classes=10)), n_train=16, bs=8).fit(1)
+    assert len(cb._names if cb.layers=='auto' else cb.to_frame()) and cb.to_frame().share.max()>0
+
+def test_auto_aims_where_sparsity_rises_fastest():
+    cb = TargetedSparsity(0., 'auto', rechoose=2)
+    cb.history = {'a':[.1,.1,.1,.2], 'b':[.5,.4,.3,.6], 'c':[.2,.1,.9,.1]}
+    from phantom_nb.regularizers.sparsity import _fastest
+    assert _fastest(cb.history, 2)==['b'] and _fastest(cb.history, 3)==['b'] and _fastest(cb.history, 4)==['c']
+
+def test_auto_chooses_every_so_often_and_goes_on_after_loading(tmp_path):
+    cb,again = TargetedSparsity(1., 'auto', rechoose=2),TargetedSparsity(1., 'auto', rechoose=2)
+    learn = learner(cb, path=tmp_path)
+    learn.fit(1)
+    assert cb.chosen==[] and {len(v) for v in cb.history.values()}=={1}
+    learn.fit(4)
+    assert len(cb.chosen)==2 and {len(v) for v in cb.history.values()}=={4}
+    learn.save('x')
+    other = learner(again, path=tmp_path).load('x')
+    other.add_cb(Callback(after_pred=lambda o: seen.append(list(again.chosen))))
+    seen = []
+    other.fit(1)
+    assert seen[0]==cb.chosen and {len(v) for v in again.history.values()}=={5}
+
+def test_force_stays_with_the_chosen():
+    "Layers that are not aimed at get no gradient of their own"
+    cb = TargetedSparsity(1., 'auto')
+    cb.chosen = ['stage1.0.relu']
+    net = create_model('small_cnn', size=8, seed=0)
+    cb.selected,cb.dims = target_layers(net),{k:1 for k in target_layers(net)}
+    cb._outputs = {k:torch.rand(4, 3, 2, 2, requires_grad=True) for k in cb.selected}
+    cb.penalty().backward()
+    assert [k for k,a in cb._outputs.items() if a.grad is not None]==['stage1.0.relu']
+
+def test_accumulation_keeps_one_penalty_a_batch():
+    cb = TargetedSparsity(1., 'all')
+    learner(cb, GradientAccumulation(32)).fit(1)
+    assert len(cb.to_frame())==3
+
+@pytest.mark.parametrize('how', ['wrapper','in place'])
+def test_compiled_models(how):
+    "The penalty is refused before the first batch; the monitor and the measure work, and change nothing"
+    net,x = create_model('small_cnn', size=8, seed=0),randn(4, 1, 8, 8)
+    want = measure_sparsity(net, [x])
+    compiled = torch.compile(net, backend='eager') if how=='wrapper' else net
+    if how=='in place': net.compile(backend='eager')
+    assert np.allclose(measure_sparsity(compiled, [x]), want, atol=1e-6, equal_nan=True)
+    with pytest.raises(ValueError, match='train it without compile'): learner(TargetedSparsity(), model=compiled).fit(1)
+    learn = learner(SparsityMonitor(), model=compiled)
+    learn.fit(2)
+    assert len(learn.sparsity_monitor.to_frame())==2*2*5 and _n_hooks(net)==0
+    with pytest.raises(ValueError, match='watch it before compiling'):
+        with SparsityMonitor().watch(compiled): pass
+
+
+# The monitor
+
+def state(learn): return [p.detach().clone() for p in learn.model.state_dict().values()] + [torch.get_rng_state()]
+
+@pytest.mark.parametrize('kw', [dict(), dict(share=1.), dict(file=True)], ids=str)
+def test_training_does_not_notice_the_monitor(kw, tmp_path):
+    def train(*cbs):
+        torch.manual_seed(3)
+        learn = learner(*cbs, model=create_model('small_cnn', size=8, dropout=.3, seed=0))
+        learn.fit(3)
+        return learn,state(learn)
+    if 'file' in kw: kw = dict(file=tmp_path/'picture.png')
+    (learn,a),(_,b) = train(SparsityMonitor(**kw)),train()
+    assert all(map(torch.equal, a, b)) and _n_hooks(learn.model)==0
+    assert learn.recorder.values==_.recorder.values
+    assert not kw.get('file') or (tmp_path/'picture.png').stat().st_size>1000
+
+def test_measuring_leaves_no_trace():
+    net = create_model('small_cnn', size=8, dropout=.5, seed=0).train()
+    net.stage2.eval()
+    before,modes = [o.clone() for o in net.state_dict().values()]+[torch.get_rng_state()],[m.training for m in net.modules()]
+    measure_sparsity(net, [randn(5, 1, 8, 8)])
+    after = [*net.state_dict().values(), torch.get_rng_state()]
+    assert all(map(torch.equal, before, after)) and modes==[m.training for m in net.modules()] and _n_hooks(net)==0
+
+def test_monitor_reports_what_the_layers_did():
+    "With all batches watched and nothing learned, its numbers are those of the whole data set"
+    learn = learner(SparsityMonitor(share=1., images=400), model=create_model('plain_cnn', size=8, seed=0))
+    learn.fit(1, 0.)
+    df = learn.sparsity_monitor.to_frame()
+    for split,dl in (('train', learn.dls.train), ('valid', learn.dls.valid)):
+        got = df[df.split==split].set_index('layer')
+        want = measure_sparsity(learn.model, dl.new(shuffle=False))
+        assert np.allclose(got[want.columns], want, atol=1e-5, equal_nan=True)
+    losses = learn.sparsity_monitor.losses[0]
+    assert abs(losses['valid_loss']-learn.validate()[0])<1e-6 and abs(losses['train_loss']-learn.validate(0)[0])<1e-5
+
+def test_a_share_of_the_batches_is_watched():
+    calls = []
+    class Counting(SparsityMonitor):
+        def _open_hooks(self, model, split):
+            calls.append((self.epoch, self.iter, split))
+            super()._open_hooks(model, split)
+    learner(Counting(share=.3), n_train=160).fit(2)
+    assert [o[:2] for o in calls if o[2]=='train']==[(e,i) for e in (0,1) for i in (1,4,7)] and sum(o[2]=='valid' for o in calls)==2
+
+@pytest.mark.parametrize('event', ['after_pred','before_backward','after_batch','before_validate'])
+@pytest.mark.parametrize('exc', [RuntimeError, KeyboardInterrupt])
+def test_hooks_go_after_an_exception(event, exc):
+    learn = learner(SparsityMonitor(share=1.))
+    def stop(cb): raise exc('on purpose')
+    with pytest.raises(exc): learn.fit(1, cbs=Callback(**{event:stop}))
+    assert _n_hooks(learn.model)==0
+
+def test_hooks_go_after_an_exception_inside_the_model():
+    learn = learner(SparsityMonitor(share=1.))
+    learn.model.head.fc = nn.Linear(3, 10)
+    with pytest.raises(RuntimeError): learn.fit(1)
+    assert _n_hooks(learn.model)==0
+    net = learn.model
+    with pytest.raises(RuntimeError):
+        with SparsityMonitor().watch(net): net(randn(2, 1, 8, 8))
+    assert _n_hooks(net)==0
+
+def test_monitor_lives_with_fastai(tmp_path):
+    learn = learner(SparsityMonitor(), GradientAccumulation(32), path=tmp_path)
+    mon = learn.sparsity_monitor
+    learn.fit(2)
+    rows = list(mon.rows)
+    learn.fit(4, cbs=LRFinder(num_it=6, stop_div=False))
+    learn.validate(), learn.get_preds()
+    assert mon.rows==rows and len(mon.losses)==2
+    learn.export('x.pkl')
+    loaded = load_learner(tmp_path/'x.pkl')
+    x = learn.dls.valid.one_batch()[0]
+    assert torch.equal(loaded.model.eval()(x), learn.model.eval()(x)) and loaded.sparsity_monitor.rows==rows
+    learn.fit(1)
+    assert len(mon.losses)==1
+    learn.fit(3, start_epoch=1)
+    assert len(mon.losses)==3
+
+def test_watch_tells_training_from_validation_and_epochs():
+    net,x = create_model('small_cnn', size=8, seed=0),randn(6, 1, 8, 8)
+    with SparsityMonitor(share=.5).watch(net) as mon:
+        for e in range(2):
+            for _ in range(4): net.train()(x)
+            with torch.no_grad(): net.eval()(x)
+            mon.end_epoch(1.5, 2.5)
+    df = mon.to_frame()
+    assert len(df)==2*2*5 and mon.losses[1]==dict(epoch=1, train_loss=1.5, valid_loss=2.5) and _n_hooks(net)==0
+
+@pytest.mark.parametrize('kw', [dict(share=0), dict(images=1), dict(over='all'), dict(rise=-1), dict(window=0)], ids=str)
+def test_monitor_refuses(kw):
+    with pytest.raises(ValueError, match=f"{list(kw)[0]}={list(kw.values())[0]!r}"): SparsityMonitor(**kw)
+    with pytest.raises(ValueError, match='fit first'): SparsityMonitor().plot()
+
+def test_pictures_and_the_lead():
+    learn = learner(SparsityMonitor())
+    learn.fit(2)
+    mon = learn.sparsity_monitor
+    assert len(mon.plot())==2 and mon.plot_layers().size==5
+    for i,r in enumerate(mon.rows): r['samples'] = .1
+    mon.losses = [dict(epoch=i, train_loss=1., valid_loss=abs(i-20)+1.) for i in range(40)]
+    mon.rows = [dict(mon.rows[0], epoch=i, split='train', samples=.1 if i<12 else .3) for i in range(40)]
+    assert mon.warning()==dict(epoch=12, onset=20, lead=8)
+
+def test_cost_is_at_most_three_percent():
+    "A ratio within one run, the best of three; on digits made of 28×28 points, since 8×8 leave little to train"
+    small = bench.make_learner
+    def large(*args):
+        learn = small(*args)
+        return learn.add_cb(Callback(before_batch=lambda cb: setattr(cb.learn, 'xb', (F.interpolate(cb.x, (28,28)),))))
+    bench.make_learner = large
+    try: shares = [bench.bench_monitor('digits', sizes=((700,300),), epochs=2).share[0] for _ in range(3)]
+    finally: bench.make_learner = small
+    assert 0<min(shares)<=.035, shares
+
+def test_recorded_cost():
+    rows = [json.loads(o) for o in (Path(__file__).parents[1]/'results/bench-monitor.jsonl').read_text().splitlines()]
+    assert {o['n'] for o in rows}=={500,2048} and all(o['share']<=(.03 if o['n']>1000 else .04) for o in rows)
+
+def test_only_so_many_images_are_measured():
+    meter,a = measure.SparsityMeter(),randn(20, 3, 4, 4)
+    meter.add(a, 5)
+    assert abs(meter.values()['positions']-activation_sparsity(a[:5], 'positions'))<1e-6 and abs(meter.values()['units']-activation_sparsity(a))<1e-6
+    learn = learner(SparsityMonitor(images=8))
+    learn.fit(1)
+    assert learn.sparsity_monitor.to_frame().shape[0]==10
+
+def test_streaming_of_huge_values():
+    a,meter = torch.full((4,2,20,20), 1e38),measure.SparsityMeter()
+    a[0] = 0
+    meter.add(a)
+    assert abs(meter.values()['samples']-activation_sparsity(a, 'samples'))<1e-5 and abs(meter.values()['units']-.25)<1e-5
+
+
+# Alarms and traces
+
+def test_alarms_see_the_past_only():
+    s = np.r_[np.full(20, .1), np.full(20, .3)]
+    for n in range(1, 40): assert sparsity_alarm(s[:n], .05, 3)==(None if n<21 else 20)
+    assert loss_alarm([1,.5,.2,.05,.01], .3, 1)==2 and loss_alarm([1.], .3) is None
+    assert sparsity_alarm([math.nan]*5) is None and sparsity_alarm([math.nan,.1,.1,.9], window=1)==3
+
+@pytest.mark.parametrize('loss,want', [([3,2,1,2,3],2), ([3,2,1,1,1],None), ([3,2,1,1.02,1.04],None), ([1,2,3],0), ([3,1,2,.5,.5],None), ([math.nan]*3,None)], ids=str)
+def test_onset(loss, want): assert overfit_onset(loss, window=1)==want
+
+@pytest.mark.parametrize('alarm,onset,want', [(10,20,'hit'), (20,20,'hit'), (9,20,'early'), (21,20,'late'), (None,20,'missed'), (3,None,'false'), (None,None,'quiet'), (0,0,'hit')])
+def test_judgement(alarm, onset, want): assert judge_alarm(alarm, onset)==want
+
+def test_traces_are_recorded_as_they_end_and_resumed(tmp_path):
+    specs = [Run(experiment='t', n_train=40, n_valid=40, epochs=2, seed=s) for s in range(3)]
+    seen = []
+    traces.trace_many(specs[:2], tmp_path/'t.jsonl', jobs=1, on_row=lambda r: seen.append(r['seed']))
+    df = traces.trace_many(specs, tmp_path/'t.jsonl', jobs=1, on_row=lambda r: seen.append(r['seed']))
+    assert seen==[0,1,2] and len(df)==3==len(load_results(tmp_path/'t.jsonl'))
+    assert [len(v) for v in df.trace[0].values()]==[2]*7 and [o.name for o in tmp_path.iterdir()]==['t.jsonl']
+    alone = traces.trace_run(specs[2])
+    assert alone['trace']==df.trace[2] and not {'accuracy','loss'}&set(alone)
+    assert len(traces.trace_many(specs+[Run(n_train=40, n_valid=40, seed=9)], tmp_path/'t.jsonl', time_budget=-1, jobs=1))==3
+
+def test_contract_of_a_signed_activation():
+    def make(**kw): return TargetedSparsity(**{'layers':nn.BatchNorm2d, 'over':'units', **kw})
+    assert set(check_regularizer(make, points=[1,2,4,5]).result)=={'kept'}
