@@ -33,7 +33,7 @@ from .measures.intraclass import intraclass_report
 from .models import MODELS
 
 # %% ../nbs/cli.ipynb #d430f3b8
-SIZES = dict(digits=(200,40), fashion_mnist=(1000,40), cifar10=(1000,40), cifar100=(5000,40)) # training images, epochs
+SIZES = dict(digits=(200,30), fashion_mnist=(1000,40), cifar10=(1000,40), cifar100=(5000,40)) # training images, epochs
 
 def comparison_runs(
     data:str='digits', # a key of `DATASETS`
@@ -46,7 +46,8 @@ def comparison_runs(
     "Specify a comparison; wrong names and values raise a `ValueError` that lists the right ones."
     if seeds<1: raise ValueError(f"seeds={seeds}: give a whole number >= 1 (5 or more for useful intervals)")
     n,e = SIZES[one_of(data, DATASETS, 'data set')]
-    methods = [one_of(m, METHODS, 'method') for m in dict.fromkeys(methods or METHODS)]
+    everything = [k for k,m in METHODS.items() if not m.same_as]
+    methods = [one_of(m, METHODS, 'method') for m in dict.fromkeys(methods or everything)]
     kwargs |= dict(data=data, n_train=n if n_train is None else n_train, epochs=e if epochs is None else epochs)
     return [Run(method=m, seed=s, **kwargs) for s in range(seeds) for m in methods]
 

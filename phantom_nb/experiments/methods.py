@@ -32,6 +32,7 @@ class Method:
     defaults:dict # setting -> default value
     make:object # function of the settings that returns `Pieces`
     space:dict = field(default_factory=dict) # setting -> (low, high, 'log' or 'linear'), where tuning looks
+    same_as:str = '' # method that this one equals at its defaults; `compare` leaves one of the two out
 
 # %% ../../nbs/experiments/methods.ipynb #b73ebf38
 METHODS = dict( # chkstyle: ignore-node
@@ -63,12 +64,13 @@ METHODS = dict( # chkstyle: ignore-node
         dict(lam=(.01, 10., 'log'))),
     phantom_contrast=Method("samples to their phantoms, away from other classes' (Arif et al. 2023; form ours)",
         dict(lam=1., k=None, tau=1.), lambda **kw: Pieces((PhantomEmbeddings(mode='contrast', **kw),)),
-        dict(lam=(.01, 10., 'log'))),
+        dict(lam=(.01, 10., 'log')), 'phantom'),
     phantom_separate=Method("classes' phantoms away from one another (Arif et al. 2023; form ours)",
         dict(lam=1., k=None), lambda **kw: Pieces((PhantomEmbeddings(mode='separate', **kw),)),
         dict(lam=(.01, 10., 'log'))),
     targeted_sparsity=Method("dense activations in chosen layers (Huesmann et al. 2020)",
-        dict(lam=1., layers='auto', over='samples'), lambda **kw: Pieces((TargetedSparsity(**kw),)), dict(lam=(.01, 10., 'log'))))
+        dict(lam=1., layers='auto', over='samples'), lambda **kw: Pieces((TargetedSparsity(**kw),)),
+        dict(lam=(.01, 10., 'log'))))
 
 # %% ../../nbs/experiments/methods.ipynb #62d72e06
 def one_of(
