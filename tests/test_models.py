@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from phantom_nb.models import MODELS, PreActBlock, cnn9, create_model, model_stats, resnet18, small_cnn, vgg, wrn
 
 NAMES = list(MODELS)
-READS = dict(small_cnn={8,16,28,32,48}, cnn9={32}, vgg={16,28,32,48}, wrn={8,16,28,32,48}, resnet18={8,16,28,32,48})
+READS = dict(small_cnn={8,16,28,32,48}, plain_cnn={8,16,28,32,48}, cnn9={32}, vgg={16,28,32,48}, wrn={8,16,28,32,48}, resnet18={8,16,28,32,48})
 # thin copies of the slow networks, where only structure matters
-THIN = dict(small_cnn={}, cnn9=dict(width=.125), vgg=dict(width=.125), wrn=dict(width=.25), resnet18={})
+THIN = dict(small_cnn={}, plain_cnn={}, cnn9=dict(width=.125), vgg=dict(width=.125), wrn=dict(width=.25), resnet18={})
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -100,7 +100,7 @@ def test_no_activation_in_place(name):
     "What a hook saw before a ReLU is still there after the pass."
     net,seen = create_model(name, 3, seed=0, **THIN[name]).eval(),[]
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): m.register_forward_hook(lambda m,i,o: seen.append((o, o.detach().clone())))
+        if isinstance(m, nn.Conv2d if name=='plain_cnn' else nn.BatchNorm2d): m.register_forward_hook(lambda m,i,o: seen.append((o, o.detach().clone())))
     net(images(2, 3, 32))
     assert seen and all(torch.equal(o, c) for o,c in seen)
     assert any((c<0).any() for _,c in seen)
@@ -176,10 +176,10 @@ def test_identity_block():
     assert PreActBlock(4, 6, stride=2)(images(2, 4, 7)).shape==(2,6,4,4)
 
 @pytest.mark.parametrize('kw,say', [
-    (dict(name='vgg16'), "unknown model 'vgg16': use one of small_cnn, cnn9, vgg, wrn, resnet18"),
-    (dict(name='resnet18', width=2.), 'no option width=2.0: the networks that have it are small_cnn, cnn9, vgg, wrn'),
+    (dict(name='vgg16'), "unknown model 'vgg16': use one of small_cnn, plain_cnn, cnn9, vgg, wrn, resnet18"),
+    (dict(name='resnet18', width=2.), 'no option width=2.0: the networks that have it are small_cnn, plain_cnn, cnn9, vgg, wrn'),
     (dict(name='resnet18', depth=.5), 'resnet18 has no option depth=0.5'),
-    (dict(name='vgg', bn=True), 'vgg has no option bn=True: the networks that have it are cnn9'),
+    (dict(name='vgg', bn=True), 'vgg has no option bn=True: the networks that have it are small_cnn, plain_cnn, cnn9'),
     (dict(name='small_cnn', widen=2), 'the networks that have it are wrn'),
     (dict(name='vgg', colour=1), 'its options are n_in, n_out, size, width, depth, dropout'),
     (dict(name='cnn9', size=28), 'cnn9 reads 32×32 images, not 28×28: pad or resize them to 32×32, or use small_cnn'),

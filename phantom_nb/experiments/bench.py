@@ -331,7 +331,7 @@ def sparsity_penalty(
     model:torch.nn.Module, # network
     x:torch.Tensor, # (B,C,H,W) images
     over:str='samples' # what sparsity is measured over
-): # function without arguments that returns the gradients
+)->partial: # function without arguments that returns the gradients
     "Build `TargetedSparsity` on all layers for one batch, ready to be timed."
     cb = TargetedSparsity(layers='all', over=over)
     cb.learn = SimpleNamespace(model=model)

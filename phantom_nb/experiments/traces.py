@@ -16,8 +16,8 @@ from fastai.basics import no_random, noop
 from fastcore.script import call_parse
 
 from .methods import one_of
-from .runner import NoValidation, Run, evaluate, load_results, make_learner, provenance, save_results
-from .runner import spread, write_atomic
+from .runner import NoValidation, Run, evaluate, load_results, make_learner, provenance
+from .runner import save_results, spread, write_atomic
 from ..regularizers.sparsity import SparsityMonitor
 
 # %% ../../nbs/experiments/traces.ipynb #2f108ac6
@@ -35,8 +35,9 @@ def compact(
     if not layers: return res
     df = monitor.to_frame()
     df = df[df.split=='train']
-    grids = {k:df.pivot(index='layer', columns='epoch', values=k).reindex(df.layer.unique()) for k in ('units','samples')}
-    return res | dict(layers=list(df.layer.unique()), by_layer={k:[short(o, 3) for o in g.to_numpy()] for k,g in grids.items()})
+    names = list(df.layer.unique())
+    def grid(k): return df.pivot(index='layer', columns='epoch', values=k).reindex(names).to_numpy()
+    return res | dict(layers=names, by_layer={k:[short(o, 3) for o in grid(k)] for k in ('units','samples')})
 
 # %% ../../nbs/experiments/traces.ipynb #ae5ea162
 def trace_run(
@@ -46,7 +47,7 @@ def trace_run(
     device=None # torch device; None for the GPU if there is one
 )->dict: # the row: fields of `run`, key, status, trace, metrics on validation images, provenance
     "Train a run under a monitor, validating after every epoch; a run without validation images raises a `ValueError`."
-    if not run.n_valid: raise ValueError(f"n_valid={run.n_valid}: a traced run needs validation images, give at least 10")
+    if not run.n_valid: raise ValueError(f"n_valid={run.n_valid}: a traced run needs validation images, give 10 or more")
     start,monitor = time.perf_counter(),SparsityMonitor()
     with no_random(run.seed):
         learn = make_learner(run, root, device)
@@ -55,7 +56,8 @@ def trace_run(
     out = {'valid_'+k:v for k,v in evaluate(learn.model, learn.dls.valid).items()}
     out |= {'train_'+k:v for k,v in evaluate(learn.model, learn.dls.train.new(shuffle=False, augment=None)).items()}
     status = 'done' if len(monitor.losses)==run.epochs and math.isfinite(out['train_loss']) else 'diverged'
-    row = {**asdict(run), 'settings':dict(run.settings), 'key':run.key, 'status':status, 'trace':compact(monitor, layers), **out}
+    out |= dict(settings=dict(run.settings), key=run.key, status=status, trace=compact(monitor, layers))
+    row = asdict(run) | out
     row = {k:None if isinstance(v, float) and not math.isfinite(v) else v for k,v in row.items()}
     return row | dict(seconds=time.perf_counter()-start, source=learn.dls.source, **provenance(learn.dls.device))
 
@@ -107,18 +109,20 @@ def warning_runs()->list: # `Run`s, pilot seeds first
     common = dict(experiment='sparsity-warning', schedule='constant', lr=.003, bs=32, n_valid=300)
     kinds = [dict(data=d, n_train=n, epochs=e) for d in ('fashion_mnist','cifar10') for n,e in ((100,150), (400,75))]
     kinds.append(dict(data='fashion_mnist', n_train=1000, epochs=20, augment=True))
-    return [Run(seed=s, model=m, **k, **common) for s in (1000,1001,0,1,2,3,4) for k in kinds for m in ('small_cnn','plain_cnn')
-        if s!=4 or not k.get('augment')]
+    kinds = [dict(model=m, **k) for k in kinds for m in ('small_cnn','plain_cnn')]
+    return [Run(seed=s, **k, **common) for s in (1000,1001,0,1,2,3,4) for k in kinds if s!=4 or not k.get('augment')]
 
 # %% ../../nbs/experiments/traces.ipynb #19468880
 def long_runs()->list: # `Run`s, those with five seeds first
     "Specify the long training of nine variants."
     kinds = [dict(method='none'), *(dict(method='targeted_sparsity', settings=dict(layers=o, lam=1.))
         for o in ('early','middle','late','all','auto')), dict(method='dropout')]
-    kinds = [dict(model='plain_cnn', **o) for o in kinds] + [dict(model='small_cnn', method=o) for o in ('none','dropout')]
+    kinds = [dict(model='plain_cnn', **o) for o in kinds]
+    kinds += [dict(model='small_cnn', method=o) for o in ('none','dropout')]
     common = dict(data='fashion_mnist', schedule='constant', lr=.003, bs=32, n_valid=200)
-    short,full = dict(experiment='sparsity-seeds', n_train=200, epochs=100),dict(experiment='sparsity-long', n_train=500, epochs=200)
-    return [Run(seed=s, **k, **short, **common) for s in range(5) for k in kinds] + [Run(**k, **full, **common) for k in kinds]
+    short,full = [dict(experiment='sparsity-'+o, **common) for o in ('seeds','long')]
+    runs = [Run(seed=s, n_train=200, epochs=100, **k, **short) for s in range(5) for k in kinds]
+    return runs + [Run(n_train=500, epochs=200, **k, **full) for k in kinds]
 
 TRACED = {'sparsity-warning':warning_runs, 'sparsity-long':long_runs}
 
@@ -132,6 +136,7 @@ def main(
 ):
     "Run one of the traced experiments, or go on with it: python -m phantom_nb.experiments.traces sparsity-warning"
     specs = TRACED[one_of(name, TRACED, 'experiment')]()
-    done = trace_many(specs, Path(folder)/f'{name}.jsonl', None if minutes is None else 60*minutes, name=='sparsity-long',
-        root, lambda r: print(r['data'], r['n_train'], r['model'], r['method'], r['seed'], r['status'], round(r['seconds'])), jobs=jobs)
+    def tell(r): print(*[r[k] for k in ('data','n_train','model','method','seed','status')], f"{r['seconds']:.0f} s")
+    budget,layers = None if minutes is None else 60*minutes,name=='sparsity-long'
+    done = trace_many(specs, Path(folder)/f'{name}.jsonl', budget, layers, root, tell, jobs=jobs)
     print(f"{len(done)} of {len(specs)} runs are recorded")

@@ -28,7 +28,7 @@ def _third(names, group):
     n = len(names)
     k = max(1, round(n/3))
     parts = dict(early=names[:k], middle=names[k:n-k], late=names[n-k:])
-    if not parts[group]: raise ValueError(f"layers={group!r}: there are only {n} activation layers; choose 'early', 'late' or 'all'")
+    if not parts[group]: raise ValueError(f"layers={group!r}: there are only {n} activation layers; choose 'early' or 'all'")
     return parts[group]
 
 def target_layers(
@@ -79,8 +79,8 @@ class TargetedSparsity(ActivationRegularizer):
 @patch
 def setup(self:TargetedSparsity):
     "Refuse what cannot be watched, and take up what was loaded."
-    if any(map(_is_compiled, self.model.modules())): raise ValueError("TargetedSparsity reads activations, and a compiled "
-        "model hands out none: train it without compile")
+    if any(map(_is_compiled, self.model.modules())):
+        raise ValueError("TargetedSparsity reads activations, and a compiled model hands out none: train it without compile")
     self.dims = channel_dims(self.model, self.selected)
     self._new = True # `validate` comes here too, so the rest waits for the first training batch
 

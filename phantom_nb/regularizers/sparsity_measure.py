@@ -64,7 +64,7 @@ def _vectors(a, over):
     "Arrange (B,C) or (B,C,P) so that the vectors lie along the last axis"
     if over not in OVER: raise ValueError(f"over={over!r}: choose from {', '.join(OVER)}")
     if over!='positions': return _responses(a) if over=='units' else _responses(a).mT
-    if a.ndim<3: raise ValueError(f"over={over!r} needs maps, not {tuple(a.shape)}: use 'units', or layers with positions")
+    if a.ndim<3: raise ValueError(f"over={over!r} needs maps, not {tuple(a.shape)}: use 'units', or choose layers")
     return a.contiguous() # the logarithm of a strided map is many times slower
 
 # %% ../../nbs/regularizers/sparsity_measure.ipynb #f9487611

@@ -153,7 +153,9 @@ def before_batch(self:SparsityMonitor):
     if take and not self.compiled: self._open_hooks(self.model, split)
 
 @patch
-def after_pred(self:SparsityMonitor): self.release()
+def after_pred(self:SparsityMonitor):
+    "Take the hooks off."
+    self.release()
 
 # %% ../../nbs/regularizers/sparsity_monitor.ipynb #258ee86b
 @patch
@@ -176,7 +178,9 @@ def after_epoch(self:SparsityMonitor):
     self._sums = {}
 
 @patch
-def after_fit(self:SparsityMonitor): self._on = False
+def after_fit(self:SparsityMonitor):
+    "Close the record."
+    self._on = False
 
 # %% ../../nbs/regularizers/sparsity_monitor.ipynb #4c241d4e
 @patch
@@ -188,7 +192,7 @@ def _mean_loss(self:SparsityMonitor, split):
 
 # %% ../../nbs/regularizers/sparsity_monitor.ipynb #3bda4517
 @patch
-def warning(self:SparsityMonitor)->dict: # epoch of the alarm, onset, lead (epochs; negative is late); None where there is none
+def warning(self:SparsityMonitor)->dict: # epoch of the alarm, onset, lead (negative: late); None for none
     "Say when sparsity warned, and how long before validation loss."
     alarm = sparsity_alarm(self.mean_over_layers(), self.rise, self.window)
     onset = overfit_onset([o['valid_loss'] for o in self.losses]) if self.losses else None
@@ -217,10 +221,11 @@ def plot(self:SparsityMonitor,
     grid = df[df.split=='train'].pivot(index='layer', columns='epoch', values=over).reindex(df.layer.unique())
     if axs is None: axs = plt.subplots(2, 1, figsize=(8,5), sharex=True, layout='constrained')[1]
     heat_map(axs[0], grid.reindex(columns=range(len(losses))).to_numpy(), grid.index, f'sparsity over {over}')
-    for k,o in (('train_loss','C0'), ('valid_loss','C1')): axs[1].semilogy(losses.epoch, losses[k], o, label=k.replace('_', ' '))
+    for k,o in (('train_loss','C0'), ('valid_loss','C1')):
+        axs[1].semilogy(losses.epoch, losses[k], o, label=k.replace('_', ' '))
     w = self.warning()
-    for k,c in (('epoch','C3'), ('onset','k')):
-        if w[k] is not None: axs[1].axvline(w[k], color=c, ls='--', label=dict(epoch='warning').get(k, 'over-fitting begins'))
+    for k,c,text in (('epoch','C3','warning'), ('onset','k','over-fitting begins')):
+        if w[k] is not None: axs[1].axvline(w[k], color=c, ls='--', label=text)
     axs[1].set(xlabel='epoch', ylabel='loss (nats)')
     axs[1].legend(fontsize='small')
     return list(axs)
@@ -237,7 +242,8 @@ def plot_layers(self:SparsityMonitor,
     names = df.layer.unique()
     nc = min(ncols, len(names))
     nr = -(-len(names)//nc)
-    axs = plt.subplots(nr, nc, figsize=(2.2*nc,2.2*nr), sharex=True, sharey=True, squeeze=False, layout='constrained')[1]
+    size = dict(figsize=(2.2*nc,2.2*nr), squeeze=False, layout='constrained')
+    axs = plt.subplots(nr, nc, sharex=True, sharey=True, **size)[1]
     for ax,k in zip(axs.flat, names):
         for split,ls in (('train','-'), ('valid','--')):
             d = df[(df.layer==k) & (df.split==split)]
