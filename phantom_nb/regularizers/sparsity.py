@@ -90,6 +90,7 @@ def _begin(self:TargetedSparsity):
     kept,self._kept,self._seen,self._new = self._kept or {},None,[],False
     self.chosen,self.history = list(kept.get('chosen', [])),{k:list(v) for k,v in kept.get('history', {}).items()}
 
+# %% ../../nbs/regularizers/sparsity.ipynb #64784913
 @patch
 def sparsities(self:TargetedSparsity)->dict: # name -> (sparsity, correlation or 0); gradient for the layers aimed at
     "Measure every layer of this batch."
