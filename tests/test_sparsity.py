@@ -1,5 +1,5 @@
 "Sparsity: the measure against its definition, streaming against the whole, the penalty, the monitor and its silence"
-import copy, json, math
+import json, math
 from functools import partial
 from pathlib import Path
 
@@ -226,7 +226,7 @@ def test_groups_cut_the_layers_into_thirds():
     net = nn.Sequential(*[nn.ReLU() for _ in range(7)])
     cut = [list(target_layers(net, k)) for k in ('early','middle','late')]
     assert cut==[['0','1'], ['2','3','4'], ['5','6']] and list(target_layers(net, 'all'))==list('0123456')
-    with pytest.raises(ValueError, match="'middle': there are only 2"): target_layers(net[:2], 'middle')
+    with pytest.raises(ValueError, match="'middle': only 2"): target_layers(net[:2], 'middle')
 
 
 # The penalty
@@ -270,7 +270,7 @@ def test_shared_relu_in_training():
 
 def test_auto_aims_where_sparsity_rises_fastest():
     cb = TargetedSparsity(0., 'auto', rechoose=2)
-    cb.history = {'a':[.1,.1,.1,.2], 'b':[.5,.4,.3,.6], 'c':[.2,.1,.9,.1]}
+    cb.history = dict(a=[.1,.1,.1,.2], b=[.5,.4,.3,.6], c=[.2,.1,.9,.1])
     from phantom_nb.regularizers.sparsity import _fastest
     assert _fastest(cb.history, 2)==['b'] and _fastest(cb.history, 3)==['b'] and _fastest(cb.history, 4)==['c']
 

@@ -28,7 +28,7 @@ def _third(names, group):
     n = len(names)
     k = max(1, round(n/3))
     parts = dict(early=names[:k], middle=names[k:n-k], late=names[n-k:])
-    if not parts[group]: raise ValueError(f"layers={group!r}: there are only {n} activation layers; choose 'early' or 'all'")
+    if not parts[group]: raise ValueError(f"layers={group!r}: only {n} activation layers; choose 'early' or 'all'")
     return parts[group]
 
 def target_layers(
@@ -90,6 +90,7 @@ def _begin(self:TargetedSparsity):
     kept,self._kept,self._seen,self._new = self._kept or {},None,[],False
     self.chosen,self.history = list(kept.get('chosen', [])),{k:list(v) for k,v in kept.get('history', {}).items()}
 
+# %% ../../nbs/regularizers/sparsity.ipynb #64784913
 @patch
 def sparsities(self:TargetedSparsity)->dict: # name -> (sparsity, correlation or 0); gradient for the layers aimed at
     "Measure every layer of this batch."

@@ -221,8 +221,8 @@ def plot(self:SparsityMonitor,
     grid = df[df.split=='train'].pivot(index='layer', columns='epoch', values=over).reindex(df.layer.unique())
     if axs is None: axs = plt.subplots(2, 1, figsize=(8,5), sharex=True, layout='constrained')[1]
     heat_map(axs[0], grid.reindex(columns=range(len(losses))).to_numpy(), grid.index, f'sparsity over {over}')
-    for k,o in (('train_loss','C0'), ('valid_loss','C1')):
-        axs[1].semilogy(losses.epoch, losses[k], o, label=k.replace('_', ' '))
+    names = {'train_loss':'train loss', 'valid_loss':'valid loss'}
+    for k,o in names.items(): axs[1].semilogy(losses.epoch, losses[k], label=o)
     w = self.warning()
     for k,c,text in (('epoch','C3','warning'), ('onset','k','over-fitting begins')):
         if w[k] is not None: axs[1].axvline(w[k], color=c, ls='--', label=text)
