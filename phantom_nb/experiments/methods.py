@@ -56,7 +56,8 @@ METHODS = dict( # chkstyle: ignore-node
     comhe_group=Method("half-space energy of groups of coordinates (Lin et al. 2020)", dict(lam=1., s=2.),
         lambda **kw: Pieces((CoMHE.paper('group', **kw),)), dict(lam=(.01, 100., 'log'))),
     targeted_sparsity=Method("dense activations in chosen layers (Huesmann et al. 2020)",
-        dict(lam=1., layers='auto', over='samples'), lambda **kw: Pieces((TargetedSparsity(**kw),)), dict(lam=(.01, 10., 'log'))))
+        dict(lam=1., layers='auto', over='samples'), lambda **kw: Pieces((TargetedSparsity(**kw),)),
+        dict(lam=(.01, 10., 'log'))))
 
 # %% ../../nbs/experiments/methods.ipynb #62d72e06
 def one_of(

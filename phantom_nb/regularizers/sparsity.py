@@ -28,7 +28,7 @@ def _third(names, group):
     n = len(names)
     k = max(1, round(n/3))
     parts = dict(early=names[:k], middle=names[k:n-k], late=names[n-k:])
-    if not parts[group]: raise ValueError(f"layers={group!r}: there are only {n} activation layers; choose 'early' or 'all'")
+    if not parts[group]: raise ValueError(f"layers={group!r}: only {n} activation layers; choose 'early' or 'all'")
     return parts[group]
 
 def target_layers(
