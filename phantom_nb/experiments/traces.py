@@ -47,7 +47,7 @@ def trace_run(
     device=None # torch device; None for the GPU if there is one
 )->dict: # the row: fields of `run`, key, status, trace, metrics on validation images, provenance
     "Train a run under a monitor, validating after every epoch; a run without validation images raises a `ValueError`."
-    if not run.n_valid: raise ValueError(f"n_valid={run.n_valid}: a traced run needs validation images, 10 or more")
+    if not run.n_valid: raise ValueError(f"n_valid={run.n_valid}: a traced run needs validation images, give >= 10")
     start,monitor = time.perf_counter(),SparsityMonitor()
     with no_random(run.seed):
         learn = make_learner(run, root, device)

@@ -80,7 +80,7 @@ class TargetedSparsity(ActivationRegularizer):
 def setup(self:TargetedSparsity):
     "Refuse what cannot be watched, and take up what was loaded."
     if any(map(_is_compiled, self.model.modules())):
-        raise ValueError("activations of a compiled model cannot be read: train it without compile")
+        raise ValueError("TargetedSparsity reads activations, which compiled code hides: train it without compile")
     self.dims = channel_dims(self.model, self.selected)
     self._new = True # `validate` comes here too, so the rest waits for the first training batch
 
