@@ -363,6 +363,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'phantom_nb/experiments/sweep.py'),
                                               'phantom_nb.experiments.sweep.Sweep.runs': ( 'experiments/sweep.html#sweep.runs',
                                                                                            'phantom_nb/experiments/sweep.py'),
+                                              'phantom_nb.experiments.sweep._check_tuned': ( 'experiments/sweep.html#_check_tuned',
+                                                                                             'phantom_nb/experiments/sweep.py'),
                                               'phantom_nb.experiments.sweep._grid': ( 'experiments/sweep.html#_grid',
                                                                                       'phantom_nb/experiments/sweep.py'),
                                               'phantom_nb.experiments.sweep._listed': ( 'experiments/sweep.html#_listed',

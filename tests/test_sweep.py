@@ -28,11 +28,17 @@ def test_grid_of_methods_data_sizes_seeds():
     ('methods = ["mpu"]', "unknown method 'mpu'"), ('[settings.mhe]\nlamb = 1', "did you mean 'lam'"), ('[settings.mpu]\nlam = 1', "unknown method 'mpu'"),
     ('[tune]\ntrial = 1', "did you mean 'trials'"), ('seeds = 0', 'seeds=0'), ('seeds = true', 'seeds=True'), ('epochs = "ten"', "epochs='ten'"),
     ('data = ["digits", "mnist"]', "unknown data 'mnist'"), ('epochs = ', 'x.toml'), ('tune = 3', 'tune=3'), ('runs = 3', 'runs=3'), ('settings = 1', 'settings=1'),
-    ('[[runs]]\nexperiment = "a"', "unknown key 'experiment'"), ('[tune]\ntrials = 0', 'trials=0'), ('methods = []', 'methods=[]'), ('seeds = [0.5]', 'seed=0.5')], ids=str)
+    ('[[runs]]\nexperiment = "a"', "unknown key 'experiment'"), ('[tune]\ntrials = 0', 'trials=0'), ('methods = []', 'methods=[]'), ('seeds = [0.5]', 'seed=0.5'),
+    ('[settings.mhe]\nlam = [1, 2]\n[tune]', 'settings.mhe.lam: tuning chooses it'), ('lr = [0.1, 0.2]\n[tune]', 'lr: tuning chooses it'),
+    ('[settings]\nmhe = "lam=1"', "settings.mhe='lam=1': write it as a table")], ids=str)
 def test_wrong_file_is_refused_by_name(spec, what, tmp_path):
     (tmp_path/'x.toml').write_text(spec)
     with pytest.raises(ValueError) as e: load_sweep(tmp_path/'x.toml')
     assert what in str(e.value) and 'x.toml' in str(e.value)
+
+def test_tuning_leaves_several_values_of_other_settings(tmp_path):
+    (tmp_path/'x.toml').write_text('methods = ["mhe"]\nepochs = [1, 2]\n[settings.mhe]\ns = [0, 2]\n[tune]')
+    assert len(load_sweep(tmp_path/'x.toml').runs)==20
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='does not exist'): load_sweep(tmp_path/'none.toml')

@@ -51,7 +51,9 @@ def _part(d, experiment):
     "Runs of one table, seeds first"
     d = {'seeds':5, 'methods':'all', 'settings':{}, **d}
     seeds,methods,settings = _seeds(d.pop('seeds')),_methods(d.pop('methods')),d.pop('settings')
-    for m,o in settings.items(): full_settings(m, o)
+    for m,o in settings.items():
+        if not isinstance(o, dict): raise ValueError(f"settings.{m}={o!r}: write it as a table, [settings.{m}]")
+        full_settings(m, o)
     each = [(m,s) for m in methods for s in _grid(settings.get(m, {}))]
     d['experiment'] = experiment
     return [Run(method=m, settings=s, seed=seed, **o) for o in _grid(d) for seed in seeds for m,s in each]
@@ -64,6 +66,13 @@ def _tuning(d):
     d = {**TUNE, **d}
     check_budget(d['trials'], d['n_valid'])
     return d
+
+def _check_tuned(d):
+    "Refuse several values of what tuning chooses"
+    several = [f'settings.{m}.{k}' for m,o in d.get('settings', {}).items() for k,v in o.items()
+        if isinstance(v, list) and k in METHODS[m].space] + ['lr']*isinstance(d.get('lr'), list)
+    if several: raise ValueError(f"{', '.join(several)}: tuning chooses it, so give one value, where the search begins, "
+        "or leave [tune] out to compare them")
 
 def _tables(d):
     "Refuse what should be a table and is not"
@@ -87,7 +96,10 @@ def parse_sweep(
     name = top.pop('experiment', name)
     merged = [{**top, **o, 'settings':{**top.get('settings', {}), **o.get('settings', {})}} for o in parts]
     tunes = [_tuning(o.pop('tune', None)) for o in merged]
-    return Sweep(name, tuple((_part(o, name), t) for o,t in zip(merged, tunes)))
+    parts = [_part(o, name) for o in merged]
+    for o,t in zip(merged, tunes):
+        if t: _check_tuned(o)
+    return Sweep(name, tuple(zip(parts, tunes)))
 
 # %% ../../nbs/experiments/sweep.ipynb #c597fde3
 def load_sweep(
