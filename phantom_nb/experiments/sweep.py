@@ -69,9 +69,10 @@ def _tuning(d):
 
 def _check_tuned(d):
     "Refuse several values of what tuning chooses"
-    several = [f'settings.{m}.{k}' for m,o in d.get('settings', {}).items() for k,v in o.items()
-        if isinstance(v, list) and k in METHODS[m].space] + ['lr']*isinstance(d.get('lr'), list)
-    if several: raise ValueError(f"{', '.join(several)}: tuning chooses it, so give one value, where the search begins, "
+    def searched(m, o): return [k for k,v in o.items() if isinstance(v, list) and k in METHODS[m].space]
+    several = [f'settings.{m}.{k}' for m,o in d.get('settings', {}).items() for k in searched(m, o)]
+    several += ['lr']*isinstance(d.get('lr'), list)
+    if several: raise ValueError(f"{', '.join(several)}: tuning chooses it, so give one value to begin with, "
         "or leave [tune] out to compare them")
 
 def _tables(d):
