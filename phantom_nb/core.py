@@ -144,17 +144,20 @@ class Regularizer(Callback):
         self.steps,self._loaded = self._loaded,0
         self.setup()
 
-    def after_loss(self):
-        if self.steps % self.every: return
-        lam = self.lam_now()
-        device = self.loss_grad.device.type
-        with torch.set_grad_enabled(lam>0), torch.autocast(device, enabled=False): r = self.penalty()
-        if r.ndim: raise ValueError(f"{type(self).__name__}.penalty() returned shape {tuple(r.shape)}: return a scalar")
-        term = lam*self.every*r
-        probe = self.every*max(1, min(self.probe_every, self.n_epoch*self.n_iter//(10*self.every)))
-        share = self._share(term) if self.steps % probe == 0 else math.nan
-        self._record(self.steps, self.epoch + (self.iter+1)/self.n_iter, lam, r.detach(), share)
-        if term.requires_grad: self.learn.loss_grad = self.loss_grad + term
+# %% ../nbs/core.ipynb #82bacc47
+@patch
+def after_loss(self:Regularizer):
+    "Add the penalty to `loss_grad`, in float32, and record it."
+    if self.steps % self.every: return
+    lam = self.lam_now()
+    device = self.loss_grad.device.type
+    with torch.set_grad_enabled(lam>0), torch.autocast(device, enabled=False): r = self.penalty()
+    if r.ndim: raise ValueError(f"{type(self).__name__}.penalty() returned shape {tuple(r.shape)}: return a scalar")
+    term = lam*self.every*r
+    probe = self.every*max(1, min(self.probe_every, self.n_epoch*self.n_iter//(10*self.every)))
+    share = self._share(term) if self.steps % probe == 0 else math.nan
+    self._record(self.steps, self.epoch + (self.iter+1)/self.n_iter, lam, r.detach(), share)
+    if term.requires_grad: self.learn.loss_grad = self.loss_grad + term
 
 # %% ../nbs/core.ipynb #8e869c95
 _COLS = 'step epoch lam penalty share'.split()
