@@ -9,13 +9,13 @@ __all__ = ['silhouette_cosine', 'cosine_distance_std', 'unit_selectivity', 'laye
 
 # %% ../../nbs/measures/clustering.ipynb #b89b9da5
 import math
-from functools import partial, wraps
+from functools import wraps
 
 import numpy as np, pandas as pd, torch
 from torch import Tensor
 
 # %% ../../nbs/measures/clustering.ipynb #ef976468
-_BLOCK = 2**19 # numbers in a block
+_BLOCK = 2**20 # numbers in a block
 
 def _exact(f):
     "Run `f` without gradient and autocast on the device of its first argument"
@@ -49,14 +49,23 @@ def _blocks(x, index=None, fn=None):
         b = b if b.dtype in (torch.float32, torch.float64) else b.float()
         yield rows,b if fn is None else fn(b)
 
-def _directions(b):
-    "Rows at unit length, and (B,) whether they are zero"
-    n = b.norm(dim=1, keepdim=True)
-    if ((n<1e-15)|(n>1e15)).any(): # squares would under- or overflow: divide by the largest entry first
-        b = b/b.abs().amax(1, keepdim=True).clamp_min(torch.finfo(b.dtype).tiny)
-        n = b.norm(dim=1, keepdim=True).clamp_min(1)
-        return b/n,(b==0).all(1)
-    return b/n,torch.zeros(len(b), dtype=torch.bool, device=b.device)
+def _unit(b):
+    "Rows, the factors (B,1) that bring them to unit length, and (B,) whether they are zero"
+    n = torch.linalg.vector_norm(b, dim=1, keepdim=True)
+    if not ((n<1e-15)|(n>1e15)).any(): return b,1/n,torch.zeros(len(b), dtype=torch.bool, device=b.device)
+    b = b/b.abs().amax(1, keepdim=True).clamp_min(torch.finfo(b.dtype).tiny) # squares would under- or overflow
+    return b,1/torch.linalg.vector_norm(b, dim=1, keepdim=True).clamp_min(1),(b==0).all(1)
+
+def _direction_sum(b):
+    b,f,_ = _unit(b)
+    return (f.T@b)[0]
+
+def _centred(b, mu, out):
+    "$u$ (B,U) of a block, written to the first rows and columns of `out`, and zero flags (B,)"
+    b,f,z = _unit(b)
+    return torch.addcmul(-mu, b, f, out=out[:len(b),:len(mu)]),z
+
+def _length2(u): return torch.linalg.vector_norm(u, dim=1).square()
 
 def _finite(t, what='activations'):
     if not t.isfinite().all(): raise ValueError(f"{what} hold NaN or infinite values: has training diverged, or 16-bit "
@@ -64,40 +73,28 @@ def _finite(t, what='activations'):
     return t
 
 # %% ../../nbs/measures/clustering.ipynb #5cfd02d6
-def _cluster_means(parts, y, sizes):
-    "Means of $u$ (K,U) and of $q$ (K,) by cluster"
-    us = qs = 0
-    for rows,u,q,_ in parts():
-        hot = (y[rows][:,None]==torch.arange(len(sizes), device=y.device)).to(u.dtype)
-        us,qs = us+hot.T@u,qs+hot.T@q
-    return _finite(us)/sizes[:,None],qs/sizes
-
-def _centred(b, mu):
-    "$u$ (B,U), $q$ and zero flags (B,) of a block"
-    u,z = _directions(b)
-    u = u-mu
-    return u,u.norm(dim=1).square()+z,z
+def _scores(d, half, own, n, z):
+    "Silhouettes (N,) from products $u_i\\cdot\\bar u_C$, which are overwritten, and means of $q$ (N,K); own cluster, its size (N,)"
+    eps = torch.finfo(d.dtype).eps
+    torch.sub(half, d, out=d)
+    d.masked_fill_(d<32*eps*(eps+half), 0)
+    a = (d.gather(1, own[:,None])[:,0]*n - z)/(n-1).clamp_min(1)
+    b = d.scatter_(1, own[:,None], math.inf).amin(1)
+    return torch.where(n>1, (b-a)/torch.maximum(a, b), 0).nan_to_num(0, 0, 0)
 
 @_exact
 def _silhouette(x, y, k, **kw):
     "Silhouettes (N,) of clusters 0 to k-1, not checked"
-    sizes = y.bincount(minlength=k)
-    first = next(_blocks(x, **kw))[1]
-    mu,eps = _directions(first)[0].mean(0),torch.finfo(first.dtype).eps
-    def parts(): return ((rows, *_centred(b, mu)) for rows,b in _blocks(x, **kw))
-    if x.numel()<2**24: parts = partial(list, list(parts())) # small enough to be kept for the second pass
-    means,q_mean = _cluster_means(parts, y, sizes)
-    out = means.new_empty(len(y))
-    for rows,u,q,z in parts():
-        half = (q[:,None]+q_mean)/2
-        d = half-u@means.T
-        d = torch.where(d<32*eps*(eps+half), 0, d)
-        own,n = y[rows][:,None],sizes[y[rows]]
-        a = (d.gather(1, own)[:,0]*n - z.to(d.dtype))/(n-1).clamp_min(1)
-        b = d.scatter_(1, own, math.inf).amin(1)
-        s = (b-a)/torch.maximum(a, b)
-        out[rows] = torch.where((n>1)&s.isfinite(), s, 0)
-    return out
+    sizes,first = y.bincount(minlength=k),next(_blocks(x, **kw))[1]
+    mu,u = _direction_sum(first)/len(first),torch.empty_like(first)
+    sums,q,z,dots = (first.new_zeros(o) for o in ((k, len(mu)), len(y), len(y), (len(y), k)))
+    for rows,b in _blocks(x, **kw):
+        v,z[rows] = _centred(b, mu, u)
+        q[rows] = _length2(v)+z[rows]
+        sums += torch.zeros_like(sums).index_add_(0, y[rows], v)
+    means,q_mean = _finite(sums)/sizes[:,None],torch.zeros_like(sums[:,0]).index_add_(0, y, q)/sizes
+    for rows,b in _blocks(x, **kw): torch.mm(_centred(b, mu, u)[0], means.T, out=dots[rows])
+    return _scores(dots, (q[:,None]+q_mean)/2, y, sizes[y], z)
 
 # %% ../../nbs/measures/clustering.ipynb #7da8f6d2
 def silhouette_cosine(
@@ -112,27 +109,31 @@ def silhouette_cosine(
     return _silhouette(x, y, len(names))
 
 # %% ../../nbs/measures/clustering.ipynb #3df05cb8
-def _gram_norm2(g, w):
-    "Squared Frobenius norm of a symmetric matrix that is filled in panels of width `w`, from the diagonal on"
-    return sum(2*g[i:i+w,i:].square().sum()-g[i:i+w,i:i+w].square().sum() for i in range(0, len(g), w))
+def _squares(w, like):
+    "Zeros for the squares that make up a symmetric matrix (w,w) on and above its diagonal: (1, 2, 4, and 8 on it; side; side)"
+    return [like.new_zeros(k, o, o) for k,o in ((1,w//2), (2,w//4), (4,w//8), (8,w//8))]
+
+def _add_gram(squares, u):
+    "Add $u^\\top u$"
+    for g in squares:
+        v = u.view(len(u), len(g), -1, g.shape[1])
+        g.baddbmm_(v[:,:,0].permute(1,2,0), v[:,:,-1].transpose(0, 1))
+
+def _gram_norm2(squares): return 2*sum(g.square().sum() for g in squares[:-1])+squares[-1].square().sum()
 
 @_exact
 def _spread(x, index=None, fn=None):
     "Standard deviation of all cosine distances (4), a scalar"
-    kw = dict(index=index, fn=fn)
-    n = len(x) if index is None else len(index)
-    mu = sum(_directions(b)[0].sum(0) for _,b in _blocks(x, **kw))/n
-    w,few,us,q,m,g = 160,n<len(mu),[],[],0,None
-    for _,b in _blocks(x, **kw):
-        u,z = _directions(b)
-        u,m = u-mu,m+z.sum()
-        q.append(u.square().sum(1)+z)
-        if few: us.append(u)
-        else:
-            if g is None: g = u.new_zeros(len(mu), len(mu))
-            for i in range(0, len(mu), w): g[i:i+w,i:].addmm_(u[:,i:i+w].T, u[:,i:])
-    if few: g,w = torch.cat(us),n
-    norm2,q,m = (g@g.T).square().sum() if few else _gram_norm2(g, w),torch.cat(q),m.to(mu.dtype)/n**2
+    def blocks(): return _blocks(x, index, fn)
+    n,first = len(x) if index is None else len(index),next(blocks())[1]
+    mu,few = sum(_direction_sum(b) for _,b in blocks())/n,n<first.shape[1]
+    us = first.new_zeros(n if few else len(first), -(-len(mu)//8)*8) # columns of zeros make halves equal
+    squares,q,z = _squares(0 if few else us.shape[1], us),us.new_zeros(n),us.new_zeros(n)
+    for rows,b in blocks():
+        u,z[rows] = _centred(b, mu, us[rows] if few else us)
+        q[rows] = _length2(u)+z[rows]
+        if not few: _add_gram(squares, us[:len(u)])
+    norm2,m = (us@us.T).square().sum() if few else _gram_norm2(squares),z.sum()/n**2
     return _finite(q.var(correction=0)/2 + norm2/n**2 - m*(1-2*q.mean()+m)).clamp_min(0).sqrt()
 
 def cosine_distance_std(
