@@ -285,9 +285,9 @@ Kept = Annotated[Path, _opt("Folder to keep the numbers in.")]
 def bench(name:Bench, out:Kept=Path('results')):
     "Measure a method against its formula written plainly; print the ratio and keep it."
     df,console = BENCHES[one_of(name, BENCHES, 'benchmark')](),Console()
-    cols = [k for k in df if pd.api.types.is_numeric_dtype(df[k]) or df[k].nunique()>1]
-    table = Table(*cols, title=f"{name} on {df.device[0]}, {df.threads[0]} threads")
-    def show(v): return '' if pd.isna(v) else v if isinstance(v, str) else f"{v:g}" if v==int(v) else f"{v:.3g}"
+    cols = [k for k in df if k!='threads' and (pd.api.types.is_numeric_dtype(df[k]) or df[k].nunique()>1)]
+    table = Table(*cols, title=f"{name} on {df.device[0]}, {df.threads[0]} threads", box=SIMPLE, pad_edge=False)
+    def show(v): return '' if pd.isna(v) else v if isinstance(v, str) else f"{v:.0f}" if v==int(v) or v>=1000 else f"{v:.3g}"
     for _,r in df.iterrows(): table.add_row(*[show(r[k]) for k in cols])
     console.print(table)
     console.print(f"Kept in {save_bench(name, df, out)}")
