@@ -45,7 +45,7 @@ def test_every_way_to_call_a_relu():
         net,x = shake(Functional()),images()
     acts = capture(net, [x[:3], x[3:]])
     net.eval()(x)
-    assert list(acts)==['relu','relu@2','relu@3','relu@4','relu@5','relu@6']
+    assert list(acts)==['relu','relu:2','relu:3','relu:4','relu:5','relu:6']
     want = [k.flatten(2).amax(2) if k.ndim==4 else k for k in net.kept]
     for a,w in zip(acts.values(), want, strict=True): assert torch.allclose(a, w, atol=1e-6)
     assert all((k<0).any() for k in net.kept)
@@ -62,11 +62,11 @@ def test_vgg_in_place_relu_keeps_what_was_before():
     assert all(torch.allclose(acts[f'features.{i}'], w, atol=1e-5) for i,w in zip([2,6,10,13,17,20,24,27], want, strict=True))
     assert acts['classifier.1'].shape==(4,4096) and any((w<0).any() for w in want)
 
-NETWORKS = [(lambda: tv.resnet18(), 17, 'relu', 'layer4.1.relu@2'), (lambda: tv.densenet121(), 121, 'features.relu0', 'relu'),
+NETWORKS = [(lambda: tv.resnet18(), 17, 'relu', 'layer4.1.relu:2'), (lambda: tv.densenet121(), 121, 'features.relu0', 'relu'),
     (lambda: tv.mobilenet_v3_small(), None, 'features.0.2', 'classifier.1'), (lambda: timm.create_model('resnet18'), 17, 'act1', None),
     (lambda: timm.create_model('efficientnet_b0'), None, 'bn1.act', 'bn2.act'), (lambda: xresnet18(), None, '0.2', None),
     (lambda: timm.create_model('convnext_atto'), 12, None, None), (lambda: create_model('wrn', 3), 13, 'stage1.0.relu1', 'relu'),
-    (lambda: create_model('resnet18', 3), 17, 'relu', 'layer4.1.relu@2'), (lambda: tv.googlenet(aux_logits=False, init_weights=False), 57, None, None)]
+    (lambda: create_model('resnet18', 3), 17, 'relu', 'layer4.1.relu:2'), (lambda: tv.googlenet(aux_logits=False, init_weights=False), 57, None, None)]
 
 @pytest.mark.parametrize('make,n,first,last', NETWORKS)
 def test_networks(make, n, first, last):
@@ -123,8 +123,8 @@ def test_float_type_is_the_networks(dtype):
     net = create_model('small_cnn', 3, size=32).to(dtype)
     assert {a.dtype for a in capture(net, [images().to(dtype)]).values()}=={dtype}
 
-@pytest.mark.parametrize('layers,want', [('layer1.*', ['layer1.0.relu','layer1.0.relu@2','layer1.1.relu','layer1.1.relu@2']), ('relu', ['relu']),
-    (['relu','layer4.1.relu@2'], ['relu','layer4.1.relu@2']), (lambda n,m: n.startswith('layer3.0'), ['layer3.0.relu','layer3.0.relu@2'])])
+@pytest.mark.parametrize('layers,want', [('layer1.*', ['layer1.0.relu','layer1.0.relu:2','layer1.1.relu','layer1.1.relu:2']), ('relu', ['relu']),
+    (['relu','layer4.1.relu:2'], ['relu','layer4.1.relu:2']), (lambda n,m: n.startswith('layer3.0'), ['layer3.0.relu','layer3.0.relu:2'])])
 def test_layers_are_chosen(layers, want): assert list(capture(tv.resnet18(), [images(2)], layers))==want
 
 def test_layers_by_type(): assert len(capture(tv.mobilenet_v3_small(), [images(2)], nn.ReLU)) < len(capture(tv.mobilenet_v3_small(), [images(2)]))

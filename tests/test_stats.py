@@ -239,6 +239,8 @@ def test_verdict_in_words():
     assert f"4 seeds could have shown {100*comparison(frame()).detectable['noisy']:.1f} points or more." in text
     one = verdict(comparison(frame({k:RUNS[k] for k in ('none','up')})))
     assert one=='Best against none: up, +5.0 points [+3.7, +6.3]. Better: up.'
+    loss = verdict(comparison(frame({k:RUNS[k] for k in ('none','down')})))
+    assert loss=='No method is ahead; closest to none: down, -5.0 points [-6.3, -3.7]. Worse: down.'
     assert 'no difference shown for any' in verdict(comparison(null_frame(np.random.default_rng(3))))
 
 def printed(table, width=80, **kwargs):

@@ -220,7 +220,8 @@ def verdict(
     a,(k,fmt,_,unit),t = _about(table),_unit(table),table.dropna(subset='diff')
     if not len(t): return f"Nothing can be compared with {a['baseline']} yet."
     b = t.sort_values('diff', ascending=not a['higher_is_better']).iloc[0]
-    best = f"Best against {a['baseline']}: {b.name}, {_span(*(k*b[o] for o in _DIFF), '+'+fmt, unit)}."
+    lead = "Best against" if (b['diff']>0)==a['higher_is_better'] else "No method is ahead; closest to"
+    best = f"{lead} {a['baseline']}: {b.name}, {_span(*(k*b[o] for o in _DIFF), '+'+fmt, unit)}."
     m = t.p.notna().sum()
     if t.pairs.max()==1: return f"{best} One seed has no interval: run more to tell chance from effect."
     if not m: return f"{best} The seeds agree to the last digit: run more to tell chance from effect."

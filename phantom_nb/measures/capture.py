@@ -43,7 +43,7 @@ class _Tap(TorchFunctionMode):
         name,m = self.stack[-1] if self.stack else ('', None)
         if m is None or next(m.children(), None) is not None: name = f'{name}.{kind}'.lstrip('.')
         self.calls[name] = i = self.calls.get(name, 0)+1
-        if i>1: name = f'{name}@{i}'
+        if i>1: name = f'{name}:{i}'
         if x.ndim<2 or len(x)!=self.n: return
         last = x is self.last
         self.rows.setdefault(name, dict(function=kind, module=type(m).__name__, units=x.shape[-1 if last else 1],
