@@ -25,7 +25,8 @@ compare: $(VENV)/.runtime ## Compare every method on the embedded data; options:
 
 test: $(VENV)/.dev notebooks style docs ## Run everything: notebooks, style, docs site, and pytest last
 	$(call step,pytest)
-	@SITE=_docs python -m pytest
+	@SITE=_docs OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m 'not processes'
+	@SITE=_docs python -m pytest -m processes
 
 notebooks: $(VENV)/.dev ## Run every notebook as a test, two at a time
 	$(call step,notebooks)

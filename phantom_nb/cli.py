@@ -287,7 +287,8 @@ def bench(name:Bench, out:Kept=Path('results')):
     df,console = BENCHES[one_of(name, BENCHES, 'benchmark')](),Console()
     cols = [k for k in df if k!='threads' and (pd.api.types.is_numeric_dtype(df[k]) or df[k].nunique()>1)]
     table = Table(*cols, title=f"{name} on {df.device[0]}, {df.threads[0]} threads", box=SIMPLE, pad_edge=False)
-    def show(v): return '' if pd.isna(v) else v if isinstance(v, str) else f"{v:.0f}" if v==int(v) or v>=1000 else f"{v:.3g}"
+    def number(v): return f"{v:.0f}" if v==int(v) or v>=1000 else f"{v:.3g}"
+    def show(v): return '' if pd.isna(v) else v if isinstance(v, str) else number(v)
     for _,r in df.iterrows(): table.add_row(*[show(r[k]) for k in cols])
     console.print(table)
     console.print(f"Kept in {save_bench(name, df, out)}")

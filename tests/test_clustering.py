@@ -118,6 +118,7 @@ def test_inputs_are_not_touched_and_nothing_is_differentiated():
     assert torch.equal(x, before) and not s.requires_grad and not d.requires_grad and s.dtype==torch.float32
     assert torch.equal(s, silhouette_cosine(before, y)) and torch.equal(d, cosine_distance_std(before))
 
+@pytest.mark.processes
 def test_memory_of_a_large_layer():
     "50,000 samples of 3,000 units, 600 MB: half of a gigabyte on top is more than enough, and a copy would pass it"
     code = ("import torch, resource; from phantom_nb.measures.intraclass import *; x = torch.empty(50000, 3000).uniform_(-1, 1); "

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest, torch
 
 pytest.importorskip('accelerate')
+pytestmark = pytest.mark.processes
 
 SCRIPT = '''
 import os, sys, warnings

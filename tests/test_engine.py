@@ -9,6 +9,8 @@ from filelock import FileLock
 from phantom_nb.experiments.methods import METHODS
 from phantom_nb.experiments.runner import Run, load_results, run_many, run_one, train_run
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parent.parent
 QUICK = Run(epochs=3, n_train=40)
 LONG = Run(epochs=60, n_train=200, method='half_mhe')

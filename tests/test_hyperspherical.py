@@ -110,6 +110,7 @@ def test_autocast_does_not_reach_in():
 def test_bad_input_is_refused(args, what):
     with pytest.raises(ValueError, match=what): hyperspherical_energy(*args)
 
+@pytest.mark.processes
 def test_memory_of_twenty_thousand_neurons():
     "The plain formula would need four matrices of 6.4 GB; 600 MB is the bound the design sets"
     code = "from phantom_nb.experiments.bench import _peak_mb; print(_peak_mb(20000, 512, 'cpu'))"

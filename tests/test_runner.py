@@ -118,6 +118,7 @@ def wait_for(out, n, seconds=120):
         assert time.time()<end, "the comparison does not get on"
         time.sleep(.05)
 
+@pytest.mark.processes
 def test_interrupted_comparison_keeps_shows_and_resumes(tmp_path):
     p = start_compare(tmp_path)
     wait_for(tmp_path, 3)
@@ -133,6 +134,7 @@ def test_interrupted_comparison_keeps_shows_and_resumes(tmp_path):
     files = {f.name:f.stat().st_mtime_ns for f in tmp_path.glob('runs/*.json')}
     assert len(files)==16 and all(files[k]==v for k,v in kept.items())
 
+@pytest.mark.processes
 def test_two_processes_share_a_folder(tmp_path):
     ps = [start_compare(tmp_path, seeds=2) for _ in range(2)]
     texts = [p.communicate(timeout=300)[0] for p in ps]

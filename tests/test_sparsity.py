@@ -425,6 +425,7 @@ def test_pictures_and_the_lead():
     mon.rows = [dict(mon.rows[0], epoch=i, split='train', samples=.1 if i<12 else .3) for i in range(40)]
     assert mon.warning()==dict(epoch=12, onset=20, lead=8)
 
+@pytest.mark.processes
 def test_cost_is_a_few_percent_on_any_machine():
     "A ratio within one run, the best of three; on digits made of 28×28 points, since 8×8 leave little to train; 3% is held by the record below"
     small = bench.make_learner

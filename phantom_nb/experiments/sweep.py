@@ -18,7 +18,7 @@ from .runner import Run, run_many, save_results
 from .tune import LR, check_budget, tune_many, with_chosen
 
 # %% ../../nbs/experiments/sweep.ipynb #108c23c5
-KEYS = ['methods','seeds','settings','runs','tune', *(f.name for f in fields(Run) if f.name not in ('method','seed','settings'))]
+KEYS = ['methods','seeds','runs','tune', *(f.name for f in fields(Run) if f.name not in ('method','seed'))]
 TUNE = dict(trials=8, n_valid=1000, lr=LR)
 
 @dataclass(frozen=True)

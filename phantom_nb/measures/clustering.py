@@ -74,7 +74,7 @@ def _finite(t, what='activations'):
 
 # %% ../../nbs/measures/clustering.ipynb #5cfd02d6
 def _scores(d, half, own, n, z):
-    "Silhouettes (N,) from products $u_i\\cdot\\bar u_C$, which are overwritten, and means of $q$ (N,K); own cluster, its size (N,)"
+    "Silhouettes (N,) from products with cluster means (N,K), overwritten, and means of $q$; own cluster and its size"
     eps = torch.finfo(d.dtype).eps
     torch.sub(half, d, out=d)
     d.masked_fill_(d<32*eps*(eps+half), 0)
@@ -110,7 +110,7 @@ def silhouette_cosine(
 
 # %% ../../nbs/measures/clustering.ipynb #3df05cb8
 def _squares(w, like):
-    "Zeros for the squares that make up a symmetric matrix (w,w) on and above its diagonal: (1, 2, 4, and 8 on it; side; side)"
+    "Zeros for the squares on and above the diagonal of a symmetric matrix (w,w): 1, 2 and 4 above, 8 on it"
     return [like.new_zeros(k, o, o) for k,o in ((1,w//2), (2,w//4), (4,w//8), (8,w//8))]
 
 def _add_gram(squares, u):
