@@ -49,6 +49,12 @@ def _blocks(x, index=None, fn=None):
         b = b if b.dtype in (torch.float32, torch.float64) else b.float()
         yield rows,b if fn is None else fn(b)
 
+def _finite(t, what='activations'):
+    if not t.isfinite().all(): raise ValueError(f"{what} hold NaN or infinite values: has training diverged, or 16-bit "
+        "arithmetic overflowed?")
+    return t
+
+# %% ../../nbs/measures/clustering.ipynb #4a55687c
 def _unit(b):
     "Rows, the factors (B,1) that bring them to unit length, and (B,) whether they are zero"
     n = torch.linalg.vector_norm(b, dim=1, keepdim=True)
@@ -66,11 +72,6 @@ def _centred(b, mu, out):
     return torch.addcmul(-mu, b, f, out=out[:len(b),:len(mu)]),z
 
 def _length2(u): return torch.linalg.vector_norm(u, dim=1).square()
-
-def _finite(t, what='activations'):
-    if not t.isfinite().all(): raise ValueError(f"{what} hold NaN or infinite values: has training diverged, or 16-bit "
-        "arithmetic overflowed?")
-    return t
 
 # %% ../../nbs/measures/clustering.ipynb #5cfd02d6
 def _scores(d, half, own, n, z):
@@ -121,6 +122,7 @@ def _add_gram(squares, u):
 
 def _gram_norm2(squares): return 2*sum(g.square().sum() for g in squares[:-1])+squares[-1].square().sum()
 
+# %% ../../nbs/measures/clustering.ipynb #dd6e1985
 @_exact
 def _spread(x, index=None, fn=None):
     "Standard deviation of all cosine distances (4), a scalar"
