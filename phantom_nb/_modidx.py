@@ -477,8 +477,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'phantom_nb/measures/clustering.py'),
                                                 'phantom_nb.measures.clustering._layers': ( 'measures/clustering.html#_layers',
                                                                                             'phantom_nb/measures/clustering.py'),
-                                                'phantom_nb.measures.clustering._length2': ( 'measures/clustering.html#_length2',
-                                                                                             'phantom_nb/measures/clustering.py'),
                                                 'phantom_nb.measures.clustering._matrix': ( 'measures/clustering.html#_matrix',
                                                                                             'phantom_nb/measures/clustering.py'),
                                                 'phantom_nb.measures.clustering._mean_std': ( 'measures/clustering.html#_mean_std',

@@ -59,7 +59,7 @@ def _unit(b):
     "Rows, the factors (B,1) that bring them to unit length, and (B,) whether they are zero"
     n = torch.linalg.vector_norm(b, dim=1, keepdim=True)
     if not ((n<1e-15)|(n>1e15)).any(): return b,1/n,torch.zeros(len(b), dtype=torch.bool, device=b.device)
-    b = b/b.abs().amax(1, keepdim=True).clamp_min(torch.finfo(b.dtype).tiny) # squares would under- or overflow
+    b = b/b.abs().amax(1, keepdim=True).clamp_min(torch.finfo(b.dtype).tiny)
     return b,1/torch.linalg.vector_norm(b, dim=1, keepdim=True).clamp_min(1),(b==0).all(1)
 
 def _direction_sum(b):
@@ -70,8 +70,6 @@ def _centred(b, mu, out):
     "$u$ (B,U) of a block, written to the first rows and columns of `out`, and zero flags (B,)"
     b,f,z = _unit(b)
     return torch.addcmul(-mu, b, f, out=out[:len(b),:len(mu)]),z
-
-def _length2(u): return torch.linalg.vector_norm(u, dim=1).square()
 
 # %% ../../nbs/measures/clustering.ipynb #5cfd02d6
 def _scores(d, half, own, n, z):
@@ -91,7 +89,7 @@ def _silhouette(x, y, k, **kw):
     sums,q,z,dots = (first.new_zeros(o) for o in ((k, len(mu)), len(y), len(y), (len(y), k)))
     for rows,b in _blocks(x, **kw):
         v,z[rows] = _centred(b, mu, u)
-        q[rows] = _length2(v)+z[rows]
+        q[rows] = torch.linalg.vector_norm(v, dim=1).square()+z[rows]
         sums += torch.zeros_like(sums).index_add_(0, y[rows], v)
     means,q_mean = _finite(sums)/sizes[:,None],torch.zeros_like(sums[:,0]).index_add_(0, y, q)/sizes
     for rows,b in _blocks(x, **kw): torch.mm(_centred(b, mu, u)[0], means.T, out=dots[rows])
@@ -133,11 +131,12 @@ def _spread(x, index=None, fn=None):
     squares,q,z = _squares(0 if few else us.shape[1], us),us.new_zeros(n),us.new_zeros(n)
     for rows,b in blocks():
         u,z[rows] = _centred(b, mu, us[rows] if few else us)
-        q[rows] = _length2(u)+z[rows]
+        q[rows] = torch.linalg.vector_norm(u, dim=1).square()+z[rows]
         if not few: _add_gram(squares, us[:len(u)])
     norm2,m = (us@us.T).square().sum() if few else _gram_norm2(squares),z.sum()/n**2
     return _finite(q.var(correction=0)/2 + norm2/n**2 - m*(1-2*q.mean()+m)).clamp_min(0).sqrt()
 
+# %% ../../nbs/measures/clustering.ipynb #06adc12d
 def cosine_distance_std(
     x # (N,U) activations, any float type
 )->Tensor: # scalar >= 0, float32, or float64 for float64
