@@ -130,6 +130,9 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     raise typer.Exit(code)
 
 # %% ../nbs/cli.ipynb #2674e384
+_LEGEND = ("95% intervals, one by one; shown: verdicts on all methods at once (Holm); differences are paired by seed; "
+    "gap: training minus test.")
+
 def show_comparison(
     runs:list, # the comparison's `Run`s
     out, # its folder
@@ -143,8 +146,7 @@ def show_comparison(
     if table is not None:
         console.print(as_rich(table, _title(runs[0])))
         console.print(verdict(table), highlight=False)
-        console.print("95% intervals, one by one; shown: verdicts on all methods at once (Holm); differences are "
-            "paired by seed; gap: training minus test.", style='dim')
+        console.print(_LEGEND, style='dim')
     if len(df)<len(runs): console.print(f"{len(df)} of {len(runs)} runs are in.")
     bad = df[df.status!='done']
     why = ', '.join(sorted(set(bad.status)))
@@ -228,6 +230,7 @@ def show_results(
     table = comparisons(df, over, **kwargs)
     console.print(as_rich(table))
     console.print(verdict(table), highlight=False, markup=False)
+    console.print(_LEGEND, style='dim')
     return table
 
 # %% ../nbs/cli.ipynb #6aea14e6
