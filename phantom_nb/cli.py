@@ -10,7 +10,7 @@ __all__ = ['SIZES', 'app', 'Data', 'NTrain', 'Methods', 'Seeds', 'Epochs', 'Mode
            'data_command', 'bench', 'open_learner', 'loaders_for', 'measure', 'main']
 
 # %% ../nbs/cli.ipynb #f5084323
-import sys, warnings
+import os, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -52,6 +52,11 @@ def comparison_runs(
     return [Run(method=m, seed=s, **kwargs) for s in range(seeds) for m in methods]
 
 # %% ../nbs/cli.ipynb #56c6b69c
+def _console():
+    "Wide enough for a table where no terminal says how wide it is"
+    console = Console()
+    return console if console.is_terminal or 'COLUMNS' in os.environ else Console(width=140)
+
 def _title(run): return f"{run.data}, {run.n_train} training images, {run.model}, {run.epochs} epochs"
 
 def report(
@@ -119,7 +124,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     runs = comparison_runs(data, n_train, names, seeds, epochs, model=model, augment=augment)
     out = out or Path('compare')/f'{data}-{runs[0].n_train}'
     make_learner(runs[0], root)
-    console,code = Console(),0
+    console,code = _console(),0
     there = {p.stem.rsplit('-')[-1] for p in (out/'runs').glob('*.json')} & {o.key for o in runs}
     if there: console.print(f"{len(there)} of {len(runs)} runs are recorded already in {out}.", highlight=False)
     with _Watch(len(runs), console) as watch:
@@ -176,7 +181,7 @@ Address = Annotated[str|None, _opt("Address of a Ray cluster. Default: one that 
 def sweep(spec:Spec, out:SweepOut=None, time_budget:Budget=None, engine:Engine='local', jobs:Jobs=None, root:Root=None,
     address:Address=None):
     "Run the experiment that a file describes, or go on with it."
-    exp,console,code = load_sweep(spec),Console(),0
+    exp,console,code = load_sweep(spec),_console(),0
     one_of(engine, ENGINES, 'engine')
     for runs,_ in exp.parts: make_learner(runs[0], root)
     out,n = out or Path('sweeps')/exp.name,len(exp.runs)
@@ -212,11 +217,12 @@ def tell_apart(
     "Find what a comparison must not mix."
     def words(o): return ' '.join(f'{k}={v}' for k,v in o.items())
     over,df = ['data','n_train'],df.assign(settings=df.settings.map(words))
-    def varies(c): return df.groupby([*over,'method','seed'], dropna=False)[c].nunique(dropna=False).max()>1
+    def varies(c, by): return df.groupby([*by,'method','seed'], dropna=False)[c].nunique(dropna=False).max()>1
     known = *over,'experiment','method','seed','settings'
     names = [f.name for f in fields(Run) if f.name in df and f.name not in known]
-    over = over + [c for c in names if varies(c)]
-    if varies('settings'): df = df.assign(method=(df.method+' '+df.settings).str.strip())
+    for c in names:
+        if varies(c, [*over,'settings']): over.append(c)
+    if varies('settings', over): df = df.assign(method=(df.method+' '+df.settings).str.strip())
     return df,over
 
 def show_results(
@@ -253,7 +259,7 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accu
     "Show, filter, export and draw recorded runs."
     for o,ok in ((export, ('.jsonl','.csv','.md')), (plot, ('.png','.svg','.pdf'))):
         if o and o.suffix not in ok: raise ValueError(f"{str(o)!r}: give a file name that ends in {', '.join(ok)}")
-    df,console = load_results(path),Console()
+    df,console = load_results(path),_console()
     df = filter_rows(df[df.experiment!='tune'] if len(df) else df, where)
     if not len(df): raise ValueError(f"no runs in {path}" + (f" with {' and '.join(where)}" if where else ''))
     up = dict(metric=metric, baseline=baseline, higher_is_better=not metric.endswith('loss'))
@@ -272,7 +278,7 @@ Download = Annotated[bool, _opt("Fetch it with torchvision if it is not here.")]
 def data_command(name:Name=None, download:Download=False, root:Root=None):
     "List the data sets that are available here, or load one."
     if download and name is None: raise ValueError(f"--download needs a name: {_names(DATASETS)}")
-    console = Console()
+    console = _console()
     if name is not None: return console.print(load_dataset(name, root, download=download))
     table = Table('data set', 'here', 'training', 'test', 'shape', 'classes', 'source', box=SIMPLE, pad_edge=False)
     for k,r in available(root).iterrows():
@@ -287,7 +293,7 @@ Kept = Annotated[Path, _opt("Folder to keep the numbers in.")]
 @app.command()
 def bench(name:Bench, out:Kept=Path('results')):
     "Measure a method against its formula written plainly; print the ratio and keep it."
-    df,console = BENCHES[one_of(name, BENCHES, 'benchmark')](),Console()
+    df,console = BENCHES[one_of(name, BENCHES, 'benchmark')](),_console()
     cols = [k for k in df if k!='threads' and (pd.api.types.is_numeric_dtype(df[k]) or df[k].nunique()>1)]
     table = Table(*cols, title=f"{name} on {df.device[0]}, {df.threads[0]} threads", box=SIMPLE, pad_edge=False)
     def number(v): return f"{v:.0f}" if v==int(v) or v>=1000 else f"{v:.3g}"
@@ -349,7 +355,7 @@ def measure(learner:Saved, data:Data='digits', n:Sample=1000, plot:Figure=None, 
     ok = '.png','.svg','.pdf'
     if plot.suffix not in ok: raise ValueError(f"{str(plot)!r}: give a file name that ends in {', '.join(ok)}")
     if not plot.parent.is_dir(): raise ValueError(f"{str(plot)!r}: the folder does not exist, make it first")
-    learn,console = open_learner(learner),Console()
+    learn,console = open_learner(learner),_console()
     table,fig = intraclass_report(learn, n, dl=loaders_for(learn, data, n, root).train)
     fig.savefig(plot, dpi=150)
     plt.close(fig)

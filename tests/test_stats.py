@@ -181,7 +181,7 @@ def test_no_verdict_without_spread_or_with_one_seed():
 
 def test_comparison_without_its_baseline():
     t = comparison(frame(dict(mhe=[.5,.6])))
-    assert np.isnan(t['diff']).all() and verdict(t)=='Nothing can be compared with none yet.'
+    assert np.isnan(t['diff']).all() and verdict(t)=='Nothing can be compared with none: no two runs share a seed.'
 
 @pytest.mark.parametrize('df,kw,what', [(frame().drop(columns='seed'), {}, "no column 'seed': pass a frame with"),
     (frame(), dict(metric='f1'), "no column 'f1': set metric="), (frame(), dict(by='model'), "no column 'model': set by="),

@@ -1,5 +1,5 @@
 "Experiments from a file: checked, tuned with equal budgets, stopped and taken up, shown and exported"
-import json, time, tomllib
+import json, re, time, tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,3 +144,18 @@ def test_a_sweep_on_validation_images_is_shown_and_leaves_the_test_images_alone(
     rows = load_results('sweeps/valid/results.jsonl')
     assert e.value.code==0, out.err
     assert len(rows)==6 and 'accuracy' not in rows and {'valid_accuracy','valid_similarity','valid_confusion'} <= set(rows) and 'vs none' in out.out
+
+ROOT = Path(__file__).parents[1]
+
+def test_examples_of_the_readme_are_sweeps():
+    blocks = re.findall(r'```toml\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
+    assert blocks and all(parse_sweep(tomllib.loads(o), 'x').runs for o in blocks)
+
+def test_what_tuning_chose_does_not_part_a_method_from_its_baseline():
+    "Learning rates differ between methods that were tuned; only the networks tell comparisons apart"
+    df,over = cli.tell_apart(load_results(ROOT/'results/sparsity.jsonl'))
+    assert over==['data','n_train','model'] and df.groupby(over).method.apply(lambda o: 'none' in set(o)).all()
+
+def test_a_file_that_holds_no_results_is_named(tmp_path):
+    (tmp_path/'mine.toml').write_text('seeds = 2')
+    with pytest.raises(ValueError, match="mine.toml holds no results: give a store's folder"): load_results(tmp_path/'mine.toml')

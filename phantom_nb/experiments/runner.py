@@ -297,13 +297,17 @@ def run_one(
     except Timeout: return None
 
 # %% ../../nbs/experiments/runner.ipynb #f9d92fb3
+def _lines(path):
+    try: return [json.loads(o) for o in path.read_text().splitlines() if o.strip()]
+    except ValueError as e: raise ValueError(f"{path} holds no results: give a store's folder or a .jsonl file") from e
+
 def load_results(
     path # a store's folder, a .jsonl file, or a folder of such files
 )->pd.DataFrame: # one row a run: experiment, data, n_train, model, method, seed, accuracy, ...; empty if there is none
     "Load recorded runs; a path that does not exist raises a `FileNotFoundError`."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: give a store's folder or a .jsonl file")
-    if path.is_file(): rows = [json.loads(o) for o in path.read_text().splitlines() if o.strip()]
+    if path.is_file(): rows = _lines(path)
     else:
         rows = [json.loads(p.read_text()) for p in sorted(path.rglob('[!.]*.json'))]
         rows += [json.loads(o) for p in sorted(path.rglob('*.jsonl')) for o in p.read_text().splitlines() if 'key' in o]

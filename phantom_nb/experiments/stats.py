@@ -218,7 +218,7 @@ def verdict(
     "Say which method is best, which are better or worse at once (Holm 1979), and what the seeds could have shown."
     if table.index.nlevels>1: return '\n'.join(f"{k}: {verdict(t)}" for k,t in _split(table))
     a,(k,fmt,_,unit),t = _about(table),_unit(table),table.dropna(subset='diff')
-    if not len(t): return f"Nothing can be compared with {a['baseline']} yet."
+    if not len(t): return f"Nothing can be compared with {a['baseline']}: no two runs share a seed."
     b = t.sort_values('diff', ascending=not a['higher_is_better']).iloc[0]
     lead = "Best against" if (b['diff']>0)==a['higher_is_better'] else "No method is ahead; closest to"
     best = f"{lead} {a['baseline']}: {b.name}, {_span(*(k*b[o] for o in _DIFF), '+'+fmt, unit)}."
