@@ -66,10 +66,9 @@ def _direction_sum(b):
     b,f,_ = _unit(b)
     return (f.T@b)[0]
 
-def _centred(b, mu, out):
-    "$u$ (B,U) of a block, written to the first rows and columns of `out`, and zero flags (B,)"
-    b,f,z = _unit(b)
-    return torch.addcmul(-mu, b, f, out=out[:len(b),:len(mu)]),z
+def _centred(b, f, mu, out):
+    "$u$ (B,U) of the rows of a block and their factors, written to the first rows and columns of `out`"
+    return torch.addcmul(-mu, b, f, out=out[:len(b),:len(mu)])
 
 # %% ../../nbs/measures/clustering.ipynb #5cfd02d6
 def _scores(d, half, own, n, z):
@@ -87,12 +86,17 @@ def _silhouette(x, y, k, **kw):
     sizes,first = y.bincount(minlength=k),next(_blocks(x, **kw))[1]
     mu,u = _direction_sum(first)/len(first),torch.empty_like(first)
     sums,q,z,dots = (first.new_zeros(o) for o in ((k, len(mu)), len(y), len(y), (len(y), k)))
-    for rows,b in _blocks(x, **kw):
-        v,z[rows] = _centred(b, mu, u)
+    factors = [] # None for a block whose rows were divided by their largest entries
+    for rows,o in _blocks(x, **kw):
+        b,f,z[rows] = _unit(o)
+        v = _centred(b, f, mu, u)
+        factors.append(f if b is o else None)
         q[rows] = torch.linalg.vector_norm(v, dim=1).square()+z[rows]
         sums += torch.zeros_like(sums).index_add_(0, y[rows], v)
     means,q_mean = _finite(sums)/sizes[:,None],torch.zeros_like(sums[:,0]).index_add_(0, y, q)/sizes
-    for rows,b in _blocks(x, **kw): torch.mm(_centred(b, mu, u)[0], means.T, out=dots[rows])
+    for (rows,b),f in zip(_blocks(x, **kw), factors):
+        if f is None: b,f,_ = _unit(b)
+        torch.mm(_centred(b, f, mu, u), means.T, out=dots[rows])
     return _scores(dots, (q[:,None]+q_mean)/2, y, sizes[y], z)
 
 # %% ../../nbs/measures/clustering.ipynb #7da8f6d2
@@ -130,7 +134,8 @@ def _spread(x, index=None, fn=None):
     us = first.new_zeros(n if few else len(first), -(-len(mu)//8)*8) # columns of zeros make halves equal
     squares,q,z = _squares(0 if few else us.shape[1], us),us.new_zeros(n),us.new_zeros(n)
     for rows,b in blocks():
-        u,z[rows] = _centred(b, mu, us[rows] if few else us)
+        b,f,z[rows] = _unit(b)
+        u = _centred(b, f, mu, us[rows] if few else us)
         q[rows] = torch.linalg.vector_norm(u, dim=1).square()+z[rows]
         if not few: _add_gram(squares, us[:len(u)])
     norm2,m = (us@us.T).square().sum() if few else _gram_norm2(squares),z.sum()/n**2
