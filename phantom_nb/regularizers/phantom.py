@@ -207,7 +207,7 @@ class PhantomEmbeddings(Regularizer):
     "Add the phantom penalty of the classifier's input (Arif 2023; forms ours)."
     decomposes = False
     def __init__(self,
-        lam=1., # weight >= 0, or an annealer
+        lam=.3, # weight >= 0, or an annealer
         mode:str='contrast', # 'mix', 'contrast' or 'separate'
         k:int|None=None, # samples a phantom is made of, >= 1; None for all there are
         alpha:float=.5, # for 'mix': how far towards the phantom, in (0,1]
