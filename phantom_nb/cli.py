@@ -88,8 +88,9 @@ class _Watch:
     def _step(self, what):
         self.i += 1
         self.bar.update(self.task, advance=1, description=f"{what:24}")
+    def _name(self, row): return f"{row['method']} seed {row['seed']}"
     def __call__(self, row):
-        what = f"{row['method']} seed {row['seed']}"
+        what = self._name(row)
         self._step(what)
         if row['status']!='done': line,style = f"{what}: {row['status']} {row.get('error') or ''}",'red'
         elif self.console.is_terminal: return
@@ -160,7 +161,8 @@ def show_comparison(
 
 # %% ../nbs/cli.ipynb #ab60a877
 class _SweepWatch(_Watch):
-    "Tell about studies as well"
+    "Tell about studies as well, and which setting a run belongs to"
+    def _name(self, row): return f"{row['data']} {row['n_train']} {super()._name(row)}"
     def study(self, df):
         if not len(df) or not df.chosen.any(): return
         r = df[df.chosen].iloc[0]

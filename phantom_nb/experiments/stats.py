@@ -280,6 +280,7 @@ def _forest(ax, t, cols, y, colour=None):
     cs = [colour or dict(better='C2', worse='C3').get(o, '.5') for o in t.verdict]
     ax.hlines(y, k*t[cols[1]], k*t[cols[2]], color=cs)
     ax.scatter(k*t[cols[0]], y, color=cs, zorder=3, s=25)
+    ax.set_ylim(-.5, len(y)-.5)
     if not colour: ax.axvline(0, color='.8', zorder=0)
 
 def plot_comparison(
