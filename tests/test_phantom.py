@@ -446,6 +446,7 @@ def test_methods_are_the_callback_and_the_default_searches_nothing(name):
     cb, = make_method(name).cbs
     assert isinstance(cb, PhantomEmbeddings) and cb.mode==(PhantomEmbeddings().mode if name=='phantom' else name.split('_')[1])
     assert set(search_space(name))==({'lr'} if name=='phantom' else {'lr','lam'}) and cb.lam==PhantomEmbeddings().lam
+    assert all(getattr(PhantomEmbeddings(), k)==v for k,v in METHODS[name].defaults.items() if k!='mode' or name=='phantom')
 
 def test_threads_are_refused_before_the_first_batch():
     with pytest.raises(ValueError, match='train with learn.distrib_ctx'): learner(nn.DataParallel(create_model('small_cnn', size=8, seed=0)), PhantomEmbeddings()).fit(1)
