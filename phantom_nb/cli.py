@@ -107,7 +107,7 @@ def _names(d): return ', '.join(d)
 
 Data = Annotated[str, _opt(f"Data set: {_names(DATASETS)}.")]
 NTrain = Annotated[int|None, _opt("Training images, class-balanced. Default: digits 200, cifar100 5000, else 1000.")]
-Methods = Annotated[str|None, _opt(f"Comma-separated, from: {_names(METHODS)}. Default: all.")]
+Methods = Annotated[str|None, _opt(f"Comma-separated, from: {_names(METHODS)}. Default: all that differ.")]
 Seeds = Annotated[int, _opt("Runs of every method, with seeds 0, 1, ...")]
 Epochs = Annotated[int|None, _opt("Passes over the training images. Default: digits 30, else 40.")]
 Model = Annotated[str, _opt(f"Network: {_names(MODELS)}.")]
@@ -169,7 +169,7 @@ class _SweepWatch(_Watch):
         what = f"tuned {r.method} on {r.data} {r.n_train}"
         self._step(what)
         if self.console.is_terminal: return
-        found = ', '.join(f'{k}={v:g}' for k,v in {'lr':r.lr, **r.settings}.items())
+        found = ', '.join(f'{k}={v}' for k,v in {'lr':r.lr, **r.settings}.items())
         self.console.print(f"[{self.i}/{self.n}] {what}: {found}", highlight=False, markup=False, soft_wrap=True)
 
 Spec = Annotated[Path, typer.Argument(help="The experiment's file, in TOML.")]
@@ -235,6 +235,7 @@ def show_results(
 )->pd.DataFrame: # the table
     "Print comparisons and what they show."
     if over is None: df,over = tell_apart(df)
+    if kwargs.get('baseline', 'none')!='none': one_of(kwargs['baseline'], sorted(df.method.unique()), 'baseline')
     table = comparisons(df, over, **kwargs)
     console.print(as_rich(table))
     console.print(verdict(table), highlight=False, markup=False)
@@ -264,6 +265,7 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accu
     df,console = load_results(path),_console()
     df = filter_rows(df[df.experiment!='tune'] if len(df) else df, where)
     if not len(df): raise ValueError(f"no runs in {path}" + (f" with {' and '.join(where)}" if where else ''))
+    one_of(metric, [*df.select_dtypes('number')], 'column for --metric')
     up = dict(metric=metric, baseline=baseline, higher_is_better=not metric.endswith('loss'))
     table = show_results(df, console, [o.strip() for o in over.split(',')] if over else None, **up)
     if export: _export(df, table, export)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from fastai.basics import noop
 
-from .methods import METHODS, full_settings, one_of
+from .methods import METHODS, full_settings, make_method, one_of
 from .runner import Run, run_many, save_results
 from .tune import LR, check_budget, tune_many, with_chosen
 
@@ -55,6 +55,7 @@ def _part(d, experiment):
         if not isinstance(o, dict): raise ValueError(f"settings.{m}={o!r}: write it as a table, [settings.{m}]")
         full_settings(m, o)
     each = [(m,s) for m in methods for s in _grid(settings.get(m, {}))]
+    for m,s in each: make_method(m, **s) # refuses values now
     d['experiment'] = experiment
     return [Run(method=m, settings=s, seed=seed, **o) for o in _grid(d) for seed in seeds for m,s in each]
 
