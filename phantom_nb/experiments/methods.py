@@ -63,7 +63,7 @@ METHODS = dict( # chkstyle: ignore-node
     phantom_mix=Method("the head also classifies samples moved to their phantoms (Arif et al. 2023; form ours)",
         dict(lam=.3, k=None, alpha=.5), lambda **kw: Pieces((PhantomEmbeddings(mode='mix', **kw),)),
         dict(lam=(.01, 10., 'log'))),
-    phantom_contrast=Method("the form of `phantom`, with a weight to tune: samples to phantoms (Arif et al. 2023; form ours)",
+    phantom_contrast=Method("the form of `phantom`, with a weight to tune (Arif et al. 2023; form ours)",
         dict(lam=.3, k=None, tau=1.), lambda **kw: Pieces((PhantomEmbeddings(mode='contrast', **kw),)),
         dict(lam=(.01, 10., 'log')), 'phantom'),
     phantom_separate=Method("classes' phantoms away from one another (Arif et al. 2023; form ours)",
