@@ -65,5 +65,5 @@ $(VENV)/.runtime: $(DEPS) | $(BIN)/python
 
 $(VENV)/.dev: $(DEPS) | $(BIN)/python
 	@echo "Installing what phantom_nb needs to run and to be tested ..."
-	@$(PIP) -e '.[dev,cluster,tune]' -c constraints.txt
+	@$(PIP) -e '.[dev,cluster,tune,pretrained]' -c constraints.txt
 	@touch $(VENV)/.runtime $@

@@ -10,7 +10,7 @@ config = ConfigParser(delimiters=['='])
 config.read(here/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 version = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", (here/'phantom_nb/__init__.py').read_text())[1]
-extras = {o: cfg[f'{o}_requirements'].split() for o in ('dev', 'cluster', 'tune')}
+extras = {o: cfg[f'{o}_requirements'].split() for o in ('dev', 'cluster', 'tune', 'pretrained')}
 
 readme = (here/'README.md').read_text(encoding='utf-8')
 scripts = dict(console_scripts=cfg['console_scripts'].split(), nbdev=['phantom_nb=phantom_nb._modidx:d'])

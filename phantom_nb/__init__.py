@@ -1,6 +1,31 @@
-__version__ = "0.0.1"
-
+"Regularizers and over-fitting diagnostics for image classifiers trained on little data."
 import warnings
+from importlib import import_module
+
+__version__ = "0.1.0"
 
 # fastai's and torchvision's imports call torch.jit.script, which PyTorch deprecates: nothing a user could mend
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*', category=FutureWarning)
+
+# Where the public names live. They are imported when they are asked for, so `import phantom_nb` costs nothing.
+_HOMES = {
+    'attach':'plain', 'check_regularizer':'contract', 'Regularizer':'core', 'ActivationRegularizer':'core',
+    'MHE':'regularizers.hyperspherical', 'CoMHE':'regularizers.hyperspherical',
+    'hyperspherical_energy':'regularizers.hyperspherical',
+    'PhantomEmbeddings':'regularizers.phantom', 'phantom_loss':'regularizers.phantom',
+    'TargetedSparsity':'regularizers.sparsity', 'activation_sparsity':'measures.sparsity',
+    'SparsityMonitor':'measures.sparsity_monitor', 'IntraclassMonitor':'measures.intraclass',
+    'intraclass_report':'measures.intraclass', 'interclass_similarity':'measures.embeddings',
+    'granulated_kendall':'measures.ranking', 'get_dls':'data', 'load_dataset':'data', 'create_model':'models',
+    'Run':'experiments.runner', 'run_one':'experiments.runner', 'run_many':'experiments.runner',
+    'load_results':'experiments.runner'}
+
+__all__ = [*_HOMES, '__version__']
+
+def __getattr__(name):
+    if name not in _HOMES: raise AttributeError(f"module 'phantom_nb' has no attribute {name!r}")
+    value = getattr(import_module(f'phantom_nb.{_HOMES[name]}'), name)
+    globals()[name] = value
+    return value
+
+def __dir__(): return sorted({*globals(), *__all__})
