@@ -1,19 +1,21 @@
 "The contract must be able to fail: one broken regularizer for each of its nine promises, and the base class's own edges"
-import threading, warnings
+import subprocess, sys
 from functools import partial
 
-import pytest, torch
-from fastai.basics import Learner, SGD
-from fastai.callback.schedule import SchedLin
+import numpy as np, pytest, torch
+from PIL import Image
+from fastai.basics import Callback, Learner, SGD
+from fastai.callback.schedule import LRFinder, SchedLin
+from fastai.vision.data import ImageDataLoaders
 from torch import nn
 
-from phantom_nb.core import (ActivationRegularizer, L2Penalty, capture_activations, check_regularizer, gradient_norm,
-    select_layers, weight_view)
+from phantom_nb.contract import check_regularizer
+from phantom_nb.core import _OneBatch, ActivationRegularizer, L2Penalty, gradient_norm, select_layers, weight_view
 from phantom_nb.data import get_dls
 
 
 class Activity(ActivationRegularizer):
-    def penalty(self): return torch.stack([a.float().square().mean() for a in self.acts().values()]).mean()
+    def penalty(self): return torch.stack([a.float().square().mean() for a in self.acts.values()]).mean()
 
 class NotOffAtZero(L2Penalty):
     "1: draws from the global generator, so that even lam=0 changes what follows"
@@ -54,12 +56,18 @@ class NotFinite(L2Penalty):
     def penalty(self): return torch.stack([(weight_view(m)/weight_view(m).norm(dim=-1, keepdim=True)).std() for m in self.selected.values()]).sum()
 
 class LeavesHooks(Activity):
-    "5: forgets its hooks when training breaks"
-    def release(self): pass
+    "5: takes its hooks off after the loss, and forgets them when training breaks before that"
+    def close(self):
+        if self.learn.loss_grad is not None and getattr(self, '_closing', False): super().close()
+    def after_loss(self):
+        self._closing = True
+        super().after_loss()
+        self._closing = False
 
 class NotExportable(L2Penalty):
-    "6: holds what cannot be pickled"
-    def setup(self): self.lock = threading.Lock()
+    "6: goes with the exported learner, which then needs its class"
+    def __reduce_ex__(self, protocol): return object.__reduce_ex__(self, protocol)
+    def __getstate__(self): return {}
 
 class RefusesLate(L2Penalty):
     "6: refuses MixUp with an error in the middle of training"
@@ -76,14 +84,10 @@ class ForgetsState(L2Penalty):
 
 class KeepsState(ForgetsState):
     "7, kept"
-    def state_dict(self): return dict(gen=self.gen.get_state())
-    def load_state_dict(self, state): self.gen.set_state(state['gen'])
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k!='gen'} | dict(gen_state=self.gen.get_state())
-    def __setstate__(self, d):
-        gen_state = d.pop('gen_state')
-        self.__dict__.update(d)
-        self.gen = torch.Generator()
-        self.gen.set_state(gen_state)
+    def state_dict(self): return super().state_dict() | dict(gen=self.gen.get_state())
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.gen.set_state(state['gen'])
 
 class Selfish(L2Penalty):
     "8: throws away what others have added"
@@ -176,19 +180,97 @@ def test_penalty_must_be_a_scalar():
         def penalty(self): return torch.ones(3)
     with pytest.raises(ValueError, match=r"shape \(3,\): return a scalar"), learner(Vector()).no_bar() as learn: learn.fit(1)
 
-def test_load_without_saved_state_warns(tmp_path):
-    learn = learner(KeepsState(), path=tmp_path)
-    learn.create_opt()
-    learn.save('with')
-    assert (tmp_path/'models/with.regularizers.pth').exists()
-    plain = learner(path=tmp_path)
-    plain.create_opt()
-    plain.save('without')
-    assert not (tmp_path/'models/without.regularizers.pth').exists()
-    with pytest.warns(UserWarning, match="holds no state for 0.keeps_state"): learn.load('without')
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
-        learn.load('with')
+def test_state_travels_with_the_optimizer(tmp_path):
+    "Saved with it, loaded with it, also by PyTorch's own optimizers; a learner without such state saves what it always did"
+    from fastai.optimizer import OptimWrapper
+    for opt_func in (SGD, partial(OptimWrapper, opt=torch.optim.AdamW)):
+        draws = []
+        class Draws(KeepsState):
+            def penalty(self):
+                draws.append(self.gen.get_state().sum().item())
+                return super().penalty()
+        first = learner(Draws(), path=tmp_path)
+        first.opt_func = opt_func
+        with first.no_bar(): first.fit(1)
+        first.save('state')
+        with first.no_bar(): first.fit(1)
+        second = learner(Draws(), path=tmp_path)
+        second.opt_func = opt_func
+        second.load('state')
+        with second.no_bar(): second.fit(1)
+        assert draws[4:8]==draws[8:12] and draws[:4]!=draws[4:8]
+        assert sorted(p.name for p in (tmp_path/'models').iterdir())==['state.pth']
+
+def test_lr_find_leaves_no_trace_in_state(tmp_path):
+    "The training after it draws what it would have drawn without it"
+    def draws(find):
+        seen,cb = [],KeepsState()
+        plain = cb.penalty
+        def penalty():
+            seen.append(cb.gen.get_state().sum().item())
+            return plain()
+        cb.penalty = penalty
+        learn = learner(cb, path=tmp_path)
+        with learn.no_bar():
+            if find: learn.fit(2, cbs=LRFinder(num_it=6, stop_div=False))
+            seen.clear()
+            learn.fit(1)
+        return seen
+    assert draws(True)==draws(False)
+
+def test_two_of_one_class_have_names_of_their_own():
+    learn = learner(L2Penalty(layers='hidden'), L2Penalty(layers='output'))
+    assert learn.l2_penalty is learn.cbs[-2] and learn.l2_penalty_2 is learn.cbs[-1]
+    learn.remove_cb(learn.l2_penalty_2)
+    assert learn.l2_penalty.name=='l2_penalty' and not hasattr(learn, 'l2_penalty_2')
+
+def test_validate_leaves_a_regularizer_alone():
+    cb = L2Penalty(every=2)
+    learn = learner(cb)
+    with learn.no_bar(): learn.fit(2)
+    before = cb.steps,list(cb.records),cb.selected
+    learn.validate()
+    assert (cb.steps, cb.records, cb.selected)==before
+
+def test_a_learner_is_as_before_after_training_and_after_errors():
+    "Nothing is left on the learner, and fastai's classes are never changed"
+    learn = learner(Activity())
+    before = set(learn.__dict__)
+    with learn.no_bar(): learn.fit(1)
+    assert not {'one_batch'} & set(learn.__dict__)
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.added_cbs(Callback(after_pred=lambda cb: (_ for _ in ()).throw(KeyboardInterrupt()))):
+        learn.fit(1)
+    assert 'one_batch' not in learn.__dict__ and before<=set(learn.__dict__)
+    assert all(f.__module__.startswith('fastai') for f in (Learner.fit, Learner.one_batch, Learner.save, Learner._with_events))
+
+EXPORTED = """
+import sys
+sys.modules['phantom_nb'] = None # as if it were not installed
+import warnings
+warnings.simplefilter('ignore')
+from fastai.vision.all import *
+learn = load_learner(sys.argv[1])
+with learn.no_bar(): print(*[f'{p:.5f}' for p in learn.predict(sys.argv[2])[2].tolist()])
+"""
+
+@pytest.mark.processes
+def test_exported_learner_opens_without_the_package(tmp_path, caplog):
+    "Callbacks stay behind and say so, also after an interrupted epoch"
+    for i in range(16):
+        (tmp_path/'abc'[i%2]).mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (8,8,3), dtype='uint8')).save(tmp_path/'abc'[i%2]/f'{i}.png')
+    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.5, bs=4, num_workers=0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 2))
+    learn = Learner(dls, model, cbs=[L2Penalty(), Activity()], path=tmp_path)
+    def stop(cb): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.added_cbs(Callback(after_batch=stop)): learn.fit(1)
+    learn.__dict__['one_batch'] = _OneBatch(learn) # as Ctrl-C between two batches leaves it
+    with caplog.at_level('WARNING', 'phantom_nb'): learn.export('learner.pkl')
+    assert 'L2Penalty is for training alone' in caplog.text and 'Activity' in caplog.text
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', EXPORTED, str(tmp_path/'learner.pkl'), str(tmp_path/'a'/'0.png')], capture_output=True, text=True)
+    assert out.returncode==0, out.stderr[-2000:]
+    probabilities = learn.predict(tmp_path/'a'/'0.png')[2]
+    assert out.stdout.split()[-2:]==[f'{p:.5f}' for p in probabilities.tolist()]
 
 def test_frozen_layers_are_no_error():
     learn = learner(L2Penalty(layers='0'))
@@ -214,11 +296,3 @@ def test_weight_view_shapes(module, shape): assert weight_view(module).shape==sh
 @pytest.mark.parametrize('module,what', [(nn.LazyLinear(3), 'not initialised'), (nn.ReLU(), 'no neurons'), (nn.BatchNorm2d(3), 'no neurons')], ids=str)
 def test_weight_view_refuses(module, what):
     with pytest.raises(ValueError, match=what): weight_view(module)
-
-def test_capture_activations_keeps_gradient_and_goes():
-    m = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(RuntimeError), capture_activations(select_layers(m, nn.Linear), inputs=True) as acts:
-        m(torch.randn(5, 3))
-        assert acts()['0'].shape==(5,3) and acts()['2'].requires_grad
-        raise RuntimeError
-    assert not any(o._forward_hooks for o in m)
