@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 
-from phantom_nb.measures.capture import capture, evaluating, find_activations
+from phantom_nb.hooks import evaluating
+from phantom_nb.measures.capture import capture, find_activations
 from phantom_nb.models import create_model
 
 tv = torchvision.models

@@ -5,7 +5,6 @@ from fastai.callback.progress import ProgressCallback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from phantom_nb.cli import main
 from phantom_nb.data import available, get_dls
 from phantom_nb.measures.intraclass import IntraclassMonitor, capture, intraclass_report, sample_batches, variance_ratio
 from phantom_nb.measures.intraclass import subclass_silhouette
@@ -70,13 +69,14 @@ def test_without_subclasses():
     table,fig = intraclass_report(learn, n=50)
     assert list(table)==['c3','c4'] and table.attrs['n']==50 and len(fig.axes)==3
 
-def test_export_leaves_the_images_out(tmp_path):
+def test_export_leaves_the_monitor_and_its_images_out(tmp_path):
     learn = learner(IntraclassMonitor(n=50))
     learn.path = tmp_path
     learn.fit(1, 1e-2)
-    learn.intraclass_monitor._sample = 'images'
+    assert learn.intraclass_monitor._sample is None
     learn.export('a.pkl')
-    assert torch.load(tmp_path/'a.pkl', weights_only=False).intraclass_monitor._sample is None
+    exported = torch.load(tmp_path/'a.pkl', weights_only=False)
+    assert not any(isinstance(cb, IntraclassMonitor) for cb in exported.cbs) and learn.intraclass_monitor.rows
 
 def test_loaders_of_pytorch_and_frozen_batch_normalization():
     x,y = torch.randn(64, 1, 8, 8),torch.arange(64)%2
@@ -119,6 +119,7 @@ def saved(tmp_path_factory):
 
 def run(capsys, *args):
     "Exit status and what was printed"
+    from phantom_nb.cli import main
     try: main(['measure', *map(str, args)])
     except SystemExit as e: return e.code or 0,' '.join(sum((o.split() for o in capsys.readouterr()), []))
 

@@ -14,95 +14,117 @@ from functools import wraps
 import numpy as np, pandas as pd, torch
 from torch import Tensor
 
-# %% ../../nbs/measures/clustering.ipynb #ef976468
-_BLOCK = 2**20 # numbers in a block
+from ..checks import one_of, whole
 
+# %% ../../nbs/measures/clustering.ipynb #2494224d
 def _exact(f):
     "Run `f` without gradient and autocast on the device of its first argument"
     @wraps(f)
-    def g(x, *args, **kwargs):
+    def exact(x, *args, **kwargs):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False): return f(x, *args, **kwargs)
-    return g
+    return exact
+
+def _as_tensor(values): return values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
 
 def _matrix(x):
     "`x` as a plain tensor (N,U), or a ValueError"
-    x = x.detach().as_subclass(Tensor) if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    x = _as_tensor(x).detach().as_subclass(Tensor)
     if x.ndim!=2 or not x.numel(): raise ValueError(f"activations of shape {tuple(x.shape)}: give (samples, units), "
         "with feature maps max-pooled as `capture` does")
     return x
 
 def _codes(labels, x, what='labels'):
     "Names (K,) of the labels and their numbers (N,) on the device of `x`"
-    y = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels).to(x.device)
-    shape = tuple(y.shape)
+    labels = _as_tensor(labels).to(x.device)
+    shape = tuple(labels.shape)
     if shape!=x.shape[:1]: raise ValueError(f"{what} of shape {shape} for {len(x)} samples: give one a sample")
-    if y.is_floating_point(): raise ValueError(f"{what} are {y.dtype}: give whole numbers, one a class")
-    return y.unique(return_inverse=True)
+    if labels.is_floating_point(): raise ValueError(f"{what} are {labels.dtype}: give whole numbers, one a class")
+    return labels.unique(return_inverse=True)
 
-# %% ../../nbs/measures/clustering.ipynb #5f941a46
-def _blocks(x, index=None, fn=None):
-    "Yield (rows, block): slices of the N or `index`ed samples, their values as float32 or float64, through `fn`"
-    n,step = len(x) if index is None else len(index),max(1, _BLOCK//x.shape[1])
-    for i in range(0, n, step):
-        rows = slice(i, min(i+step, n))
-        b = x[rows] if index is None else x[index[rows]]
-        b = b if b.dtype in (torch.float32, torch.float64) else b.float()
-        yield rows,b if fn is None else fn(b)
+def _finite(values):
+    if values.isfinite().all(): return values
+    raise ValueError("activations hold NaN or infinite values: has training diverged, or 16-bit arithmetic overflowed?")
 
-def _finite(t, what='activations'):
-    if not t.isfinite().all(): raise ValueError(f"{what} hold NaN or infinite values: has training diverged, or 16-bit "
-        "arithmetic overflowed?")
-    return t
+# %% ../../nbs/measures/clustering.ipynb #01d5cd58
+_BLOCK = 2**20 # numbers in a block
 
-# %% ../../nbs/measures/clustering.ipynb #4a55687c
-def _unit(b):
-    "Rows, the factors (B,1) that bring them to unit length, and (B,) whether they are zero"
-    n = torch.linalg.vector_norm(b, dim=1, keepdim=True)
-    if not ((n<1e-15)|(n>1e15)).any(): return b,1/n,torch.zeros(len(b), dtype=torch.bool, device=b.device)
-    b = b/b.abs().amax(1, keepdim=True).clamp_min(torch.finfo(b.dtype).tiny)
-    return b,1/torch.linalg.vector_norm(b, dim=1, keepdim=True).clamp_min(1),(b==0).all(1)
+class _Rows:
+    "Rows of a layer, or some of them, in blocks; their directions about a centre"
+    def __init__(self, x, index=None, fn=None):
+        self.x,self.index,self.fn = x,index,fn # fn maps a block, such as a ReLU
+        self.n = len(x) if index is None else len(index)
+        self.factors = {} # first row of a block -> 1/length of its rows
 
-def _direction_sum(b):
-    b,f,_ = _unit(b)
-    return (f.T@b)[0]
+    def __iter__(self):
+        "Yield (slice of the n rows, values (B,U) as float32 or float64)"
+        step = max(1, _BLOCK//self.x.shape[1])
+        for start in range(0, self.n, step):
+            rows = slice(start, min(start+step, self.n))
+            block = self.x[rows] if self.index is None else self.x[self.index[rows]]
+            if block.dtype not in (torch.float32, torch.float64): block = block.float()
+            yield rows,block if self.fn is None else self.fn(block)
 
-def _centred(b, f, mu, out):
-    "$u$ (B,U) of the rows of a block and their factors, written to the first rows and columns of `out`"
-    return torch.addcmul(-mu, b, f, out=out[:len(b),:len(mu)])
+    def scaled(self, start, block):
+        "Block, factors (B,1) that bring its rows to length 1, and which rows (B,) are zero"
+        if start in self.factors: return block,self.factors[start],0.
+        length = torch.linalg.vector_norm(block, dim=1, keepdim=True)
+        if ((length<1e-15)|(length>1e15)).any(): # squares would under- or overflow: divide by the largest entry first
+            block = block/block.abs().amax(1, keepdim=True).clamp_min(torch.finfo(block.dtype).tiny)
+            length = torch.linalg.vector_norm(block, dim=1, keepdim=True)
+            return block,1/length.clamp_min(1),(block==0).all(1).to(block.dtype)
+        self.factors[start] = 1/length
+        return block,self.factors[start],0.
 
-# %% ../../nbs/measures/clustering.ipynb #5cfd02d6
-def _scores(d, half, own, n, z):
-    "Silhouettes (N,) from products with cluster means (N,K), overwritten, and means of $q$; own cluster and its size"
-    eps = torch.finfo(d.dtype).eps
-    torch.sub(half, d, out=d)
-    d.masked_fill_(d<32*eps*(eps+half), 0)
-    a = (d.gather(1, own[:,None])[:,0]*n - z)/(n-1).clamp_min(1)
+    def mean_direction(self, blocks=None):
+        "Mean (U,) of the directions, of all or of the first `blocks` blocks"
+        total,n = 0,0
+        for i,(rows,block) in enumerate(self):
+            if i==blocks: break
+            block,factor,_ = self.scaled(rows.start, block)
+            total,n = total+(factor.T@block)[0],n+len(block)
+        return total/n
+
+    def centred(self, mu):
+        "Yield (slice, u (B,W) of (1), z (B,)); W is U rounded up to a multiple of 8, by columns of 0"
+        units,memory = len(mu),None
+        for rows,block in self:
+            block,factor,zero = self.scaled(rows.start, block)
+            if memory is None: memory = block.new_zeros(len(block), -(-units//8)*8)
+            torch.addcmul(-mu, block, factor, out=memory[:len(block),:units])
+            yield rows,memory[:len(block)],zero
+
+# %% ../../nbs/measures/clustering.ipynb #ef976468
+def _silhouette_from_products(products, half, own, n, z):
+    "Silhouettes (N,) by (2) and (3) from u·ū_C (N,K), overwritten, and (q+q̄_C)/2; own cluster, its size, zero rows"
+    eps = torch.finfo(products.dtype).eps
+    d = torch.sub(half, products, out=products)
+    d.masked_fill_(d<32*eps*(eps+half), 0) # rounding alone: equal rows score 0, and not noise
+    a = (d.gather(1, own[:,None])[:,0]*n - z)/(n-1).clamp_min(1) # (1) puts a zero row at distance 1 from itself
     b = d.scatter_(1, own[:,None], math.inf).amin(1)
     return torch.where(n>1, (b-a)/torch.maximum(a, b), 0).nan_to_num(0, 0, 0)
 
 @_exact
-def _silhouette(x, y, k, **kw):
+def _silhouette(x, y, k, **kwargs):
     "Silhouettes (N,) of clusters 0 to k-1, not checked"
-    sizes,first = y.bincount(minlength=k),next(_blocks(x, **kw))[1]
-    mu,u = _direction_sum(first)/len(first),torch.empty_like(first)
-    sums,q,z,dots = (first.new_zeros(o) for o in ((k, len(mu)), len(y), len(y), (len(y), k)))
-    factors = [] # None for a block whose rows were divided by their largest entries
-    for rows,o in _blocks(x, **kw):
-        b,f,z[rows] = _unit(o)
-        v = _centred(b, f, mu, u)
-        factors.append(f if b is o else None)
-        q[rows] = torch.linalg.vector_norm(v, dim=1).square()+z[rows]
-        sums += torch.zeros_like(sums).index_add_(0, y[rows], v)
-    means,q_mean = _finite(sums)/sizes[:,None],torch.zeros_like(sums[:,0]).index_add_(0, y, q)/sizes
-    for (rows,b),f in zip(_blocks(x, **kw), factors):
-        if f is None: b,f,_ = _unit(b)
-        torch.mm(_centred(b, f, mu, u), means.T, out=dots[rows])
-    return _scores(dots, (q[:,None]+q_mean)/2, y, sizes[y], z)
+    rows = _Rows(x, **kwargs)
+    mu = rows.mean_direction(blocks=1) # any centre near the data will do
+    sizes = y.bincount(minlength=k)
+    sums = mu.new_zeros(k, -(-len(mu)//8)*8)
+    q,z = mu.new_zeros(rows.n),mu.new_zeros(rows.n)
+    for part,u,zero in rows.centred(mu):
+        z[part] = zero
+        q[part] = torch.linalg.vector_norm(u, dim=1).square()+zero
+        sums += torch.zeros_like(sums).index_add_(0, y[part], u)
+    means = _finite(sums)/sizes[:,None]
+    q_means = mu.new_zeros(k).index_add_(0, y, q)/sizes
+    products = mu.new_zeros(rows.n, k)
+    for part,u,_ in rows.centred(mu): torch.mm(u, means.T, out=products[part])
+    return _silhouette_from_products(products, (q[:,None]+q_means)/2, y, sizes[y], z)
 
-# %% ../../nbs/measures/clustering.ipynb #7da8f6d2
+# %% ../../nbs/measures/clustering.ipynb #5f941a46
 def silhouette_cosine(
-    x, # (N,U) activations, any float type
-    labels # (N,) cluster of each sample, any whole numbers
+    x:Tensor, # (N,U) activations of any float type; arrays work too
+    labels:Tensor # (N,) cluster of each sample, any whole numbers
 )->Tensor: # (N,) silhouettes in [-1,1]; float32, or float64 for float64
     "Compute silhouettes under the cosine distance, in O(N); `ValueError` unless 2 to N-1 clusters (Rousseeuw 1987)."
     x = _matrix(x)
@@ -111,94 +133,103 @@ def silhouette_cosine(
         "give at least two clusters and one with two members")
     return _silhouette(x, y, len(names))
 
-# %% ../../nbs/measures/clustering.ipynb #3df05cb8
-def _squares(w, like):
-    "Zeros for the squares on and above the diagonal of a symmetric matrix (w,w): 1, 2 and 4 above, 8 on it"
-    return [like.new_zeros(k, o, o) for k,o in ((1,w//2), (2,w//4), (4,w//8), (8,w//8))]
+# %% ../../nbs/measures/clustering.ipynb #576f8f15
+class _Gram:
+    "The sum of u^T u over blocks (B,W), without most of what lies below the diagonal; W is a multiple of 8"
+    def __init__(self, width, like):
+        shapes = (1, width//2), (2, width//4), (4, width//8), (8, width//8) # three sizes above the diagonal, one on it
+        self.squares = [like.new_zeros(count, side, side) for count,side in shapes]
 
-def _add_gram(squares, u):
-    "Add $u^\\top u$"
-    for g in squares:
-        v = u.view(len(u), len(g), -1, g.shape[1])
-        g.baddbmm_(v[:,:,0].permute(1,2,0), v[:,:,-1].transpose(0, 1))
+    def add(self, u):
+        for square in self.squares:
+            columns = u.view(len(u), len(square), -1, square.shape[1])
+            square.baddbmm_(columns[:,:,0].permute(1,2,0), columns[:,:,-1].transpose(0, 1))
 
-def _gram_norm2(squares): return 2*sum(g.square().sum() for g in squares[:-1])+squares[-1].square().sum()
+    def norm2(self):
+        "Squared Frobenius norm of the whole"
+        *above,diagonal = [square.square().sum() for square in self.squares]
+        return 2*sum(above)+diagonal
 
-# %% ../../nbs/measures/clustering.ipynb #dd6e1985
 @_exact
-def _spread(x, index=None, fn=None):
+def _spread(x, **kwargs):
     "Standard deviation of all cosine distances (4), a scalar"
-    def blocks(): return _blocks(x, index, fn)
-    n,first = len(x) if index is None else len(index),next(blocks())[1]
-    mu,few = sum(_direction_sum(b) for _,b in blocks())/n,n<first.shape[1]
-    us = first.new_zeros(n if few else len(first), -(-len(mu)//8)*8) # columns of zeros make halves equal
-    squares,q,z = _squares(0 if few else us.shape[1], us),us.new_zeros(n),us.new_zeros(n)
-    for rows,b in blocks():
-        b,f,z[rows] = _unit(b)
-        u = _centred(b, f, mu, us[rows] if few else us)
-        q[rows] = torch.linalg.vector_norm(u, dim=1).square()+z[rows]
-        if not few: _add_gram(squares, us[:len(u)])
-    norm2,m = (us@us.T).square().sum() if few else _gram_norm2(squares),z.sum()/n**2
+    rows = _Rows(x, **kwargs)
+    mu,n = rows.mean_direction(),rows.n
+    width = -(-len(mu)//8)*8
+    few = n<len(mu)
+    kept = mu.new_zeros(n if few else 0, width)
+    gram = _Gram(0 if few else width, mu)
+    q,z = mu.new_zeros(n),mu.new_zeros(n)
+    for part,u,zero in rows.centred(mu):
+        z[part] = zero
+        q[part] = torch.linalg.vector_norm(u, dim=1).square()+zero
+        if few: kept[part] = u
+        else: gram.add(u)
+    norm2 = (kept@kept.T).square().sum() if few else gram.norm2()
+    m = z.sum()/n**2
     return _finite(q.var(correction=0)/2 + norm2/n**2 - m*(1-2*q.mean()+m)).clamp_min(0).sqrt()
 
-# %% ../../nbs/measures/clustering.ipynb #06adc12d
 def cosine_distance_std(
-    x # (N,U) activations, any float type
+    x:Tensor # (N,U) activations of any float type; arrays work too
 )->Tensor: # scalar >= 0, float32, or float64 for float64
     "Compute the standard deviation of all N×N cosine distances, diagonal included, in O(N) (Carbonnelle 2021, c4)."
     return _spread(_matrix(x))
 
-# %% ../../nbs/measures/clustering.ipynb #26808921
-def _double(x): return torch.float32 if x.device.type=='mps' else torch.float64
+# %% ../../nbs/measures/clustering.ipynb #3df05cb8
+def _double(x): return torch.float32 if x.device.type=='mps' else torch.float64 # Apple's GPUs have no 64-bit floats
 
 @_exact
 def _sums(x, y, k):
     "Counts (k,1), sums and sums of squares (k,U) about the first sample, by cluster"
     dtype,names = _double(x),torch.arange(k, device=x.device)
-    s = ss = x.new_zeros(k, x.shape[1], dtype=dtype)
-    for rows,b in _blocks(x):
-        d,hot = b.to(dtype)-x[0].to(dtype),(y[rows][:,None]==names).to(dtype)
-        s,ss = s+hot.T@d,ss+hot.T@d.square()
-    return y.bincount(minlength=k)[:,None].to(dtype),_finite(s),ss
+    total = squares = x.new_zeros(k, x.shape[1], dtype=dtype)
+    for part,block in _Rows(x):
+        difference = block.to(dtype)-x[0].to(dtype)
+        member = (y[part][:,None]==names).to(dtype)
+        total = total+member.T@difference
+        squares = squares+member.T@difference.square()
+    return y.bincount(minlength=k)[:,None].to(dtype),_finite(total),squares
 
-def _mean_std(n, s, ss):
-    "Means and standard deviations; NaN where there is no sample"
-    mean = s/n
-    return mean,(ss/n-mean.square()).clamp_min(0).sqrt()
+def _mean_std(n, total, squares):
+    "Means and standard deviations of sums; NaN where there is no sample"
+    mean = total/n
+    return mean,(squares/n-mean.square()).clamp_min(0).sqrt()
 
-# %% ../../nbs/measures/clustering.ipynb #86925577
-def _alive(x): return x.amax(0)>=0
+def _alive(x): return x.amax(0)>=0 # units (U,) that reach zero somewhere
 
+# %% ../../nbs/measures/clustering.ipynb #dd6e1985
 def _hierarchy(x, superclass, subclass):
     "Numbers of superclasses and subclasses (N,), and the superclass of each subclass (K,)"
-    (sups,s),(subs,c) = _codes(superclass, x, 'superclasses'),_codes(subclass, x, 'subclasses')
-    table = torch.stack([c,s], 1).unique(dim=0)
-    if len(table)>len(subs):
-        bad = subs[table[:,0].bincount().argmax()].item()
-        raise ValueError(f"subclass {bad} lies in more than one superclass: number subclasses so that each has one "
+    supers,s = _codes(superclass, x, 'superclasses')
+    subs,c = _codes(subclass, x, 'subclasses')
+    pairs = torch.stack([c,s], 1).unique(dim=0)
+    if len(pairs)>len(subs):
+        twice = subs[pairs[:,0].bincount().argmax()].item()
+        raise ValueError(f"subclass {twice} lies in more than one superclass: number subclasses so that each has one "
             "(and give superclasses first)")
-    if len(subs)==len(sups): raise ValueError(f"no superclass of the {len(sups)} has two subclasses: "
+    if len(subs)==len(supers): raise ValueError(f"no superclass of the {len(supers)} has two subclasses: "
         "give finer labels as subclasses")
-    return s,c,table[:,1]
+    return s,c,pairs[:,1]
 
 def unit_selectivity(
-    a, # (N,U) pre-activations of a layer
-    superclass, # (N,) superclass of each sample
-    subclass # (N,) subclass of each sample
+    a:Tensor, # (N,U) pre-activations of a layer
+    superclass:Tensor, # (N,) superclass of each sample, whole numbers
+    subclass:Tensor # (N,) subclass of each sample, whole numbers
 )->Tensor: # (subclasses, U) by rising label; NaN for a subclass alone in its superclass
     "Measure how far each unit sets a subclass apart from the rest of its superclass (Carbonnelle 2021, c1)."
     a = _matrix(a)
-    s,c,of = _hierarchy(a, superclass, subclass)
+    _,c,of = _hierarchy(a, superclass, subclass)
     own = _sums(a, c, len(of))
-    rest = [torch.zeros_like(o).index_add_(0, of, o)[of]-o for o in own]
-    (m,sd),(m_rest,sd_rest) = _mean_std(*own),_mean_std(*rest)
-    return (m-m_rest)/(sd+sd_rest+1e-7)*_alive(a)
+    rest = [torch.zeros_like(sums).index_add_(0, of, sums)[of]-sums for sums in own]
+    mean,deviation = _mean_std(*own)
+    mean_rest,deviation_rest = _mean_std(*rest)
+    return (mean-mean_rest)/(deviation+deviation_rest+1e-7)*_alive(a)
 
-# %% ../../nbs/measures/clustering.ipynb #bf8bb897
+# %% ../../nbs/measures/clustering.ipynb #06adc12d
 def layer_silhouette(
-    a, # (N,U) pre-activations of a layer
-    superclass, # (N,) superclass of each sample
-    subclass # (N,) subclass of each sample
+    a:Tensor, # (N,U) pre-activations of a layer
+    superclass:Tensor, # (N,) superclass of each sample, whole numbers
+    subclass:Tensor # (N,) subclass of each sample, whole numbers
 )->Tensor: # (subclasses,) in [-1,1] by rising label; NaN for a subclass alone in its superclass
     "Average the silhouettes of each subclass within its superclass, after ReLU (Carbonnelle 2021, c2)."
     a = _matrix(a)
@@ -208,113 +239,115 @@ def layer_silhouette(
         index = (s==i).nonzero()[:,0]
         names,y = c[index].unique(return_inverse=True)
         if len(names)<2: continue
-        sil = _silhouette(a, y, len(names), index=index, fn=torch.relu).to(out.dtype)
-        out[names] = torch.zeros_like(out[names]).index_add_(0, y, sil)/y.bincount()
+        silhouettes = _silhouette(a, y, len(names), index=index, fn=torch.relu).to(out.dtype)
+        out[names] = torch.zeros_like(out[names]).index_add_(0, y, silhouettes)/y.bincount()
     return out
 
-# %% ../../nbs/measures/clustering.ipynb #8fb0a8f9
+# %% ../../nbs/measures/clustering.ipynb #26808921
 def unit_variance_ratio(
-    a, # (N,U) pre-activations of a layer
-    y # (N,) class of each sample
+    a:Tensor, # (N,U) pre-activations of a layer
+    y:Tensor # (N,) class of each sample, whole numbers
 )->Tensor: # (classes, U) by rising label, >= 0
     "Divide each unit's deviation within a class by that over all samples (Carbonnelle 2021, c3)."
     a = _matrix(a)
     names,c = _codes(y, a)
     own = _sums(a, c, len(names))
-    return _mean_std(*own)[1]/(_mean_std(*[o.sum(0) for o in own])[1]+1e-7)*_alive(a)
+    everything = [sums.sum(0) for sums in own]
+    return _mean_std(*own)[1]/(_mean_std(*everything)[1]+1e-7)*_alive(a)
 
-# %% ../../nbs/measures/clustering.ipynb #b3d278bb
+# %% ../../nbs/measures/clustering.ipynb #86925577
 def _percentile(x, p):
     "Percentile `p` of each column, interpolated as numpy does"
-    pos = p/100*(len(x)-1)
-    lo,w = math.floor(pos),max(1, 8*_BLOCK//len(x))
-    def column(c):
-        c = c.T.contiguous().to(torch.promote_types(c.dtype, torch.float32))
-        a,b = (c.kthvalue(min(i, len(x))).values for i in (lo+1, lo+2))
-        return a+(b-a)*(pos-lo)
-    return torch.cat([column(x[:,i:i+w]) for i in range(0, x.shape[1], w)])
+    position = p/100*(len(x)-1)
+    low,width = math.floor(position),max(1, 8*_BLOCK//len(x))
+    def of_columns(columns):
+        columns = columns.T.contiguous().to(torch.promote_types(columns.dtype, torch.float32))
+        a,b = [columns.kthvalue(min(i, len(x))).values for i in (low+1, low+2)]
+        return a+(b-a)*(position-low)
+    return torch.cat([of_columns(x[:,i:i+width]) for i in range(0, x.shape[1], width)])
 
 def _sparsify(a):
     "Function of a block that keeps live units, standardised, above their threshold; None where all units are dead"
     live = _alive(a).nonzero()[:,0]
     if not len(live): return None
     p = min(max(round(100-1000/len(live)), 0), 75)
-    scale = _mean_std(*[o[0] for o in _sums(a, torch.zeros(len(a), dtype=torch.long, device=a.device), 1)])[1]
+    sums = _sums(a, torch.zeros(len(a), dtype=torch.long, device=a.device), 1)
     keep = slice(None) if len(live)==a.shape[1] else live
-    low,scale = _percentile(a, p)[keep],scale[keep]+1e-7
-    return lambda b: ((b[:,keep]-low.to(b.dtype))/scale.to(b.dtype)).relu_()
+    scale = _mean_std(*sums)[1][0][keep]+1e-7
+    threshold = _percentile(a, p)[keep]
+    return lambda block: ((block[:,keep]-threshold.to(block.dtype))/scale.to(block.dtype)).relu_()
 
 def layer_spread_ratio(
-    a, # (N,U) pre-activations of a layer
-    y # (N,) class of each sample
+    a:Tensor, # (N,U) pre-activations of a layer
+    y:Tensor # (N,) class of each sample, whole numbers
 )->Tensor: # (classes,) by rising label, >= 0; NaN where no unit is ever active
     "Divide the spread of cosine distances within a class by that over all samples (Carbonnelle 2021, c4)."
     a = _matrix(a)
-    (names,c),fn = _codes(y, a),_sparsify(a)
+    names,c = _codes(y, a)
+    fn = _sparsify(a)
     if fn is None: return torch.full(names.shape, math.nan, dtype=_double(a), device=a.device)
-    own = torch.stack([_spread(a, (c==i).nonzero()[:,0], fn) for i in range(len(names))])
-    return (own/(_spread(a, None, fn)+1e-7)).to(_double(a))
+    own = torch.stack([_spread(a, index=(c==i).nonzero()[:,0], fn=fn) for i in range(len(names))])
+    return (own/(_spread(a, fn=fn)+1e-7)).to(_double(a))
 
-# %% ../../nbs/measures/clustering.ipynb #54c4edcf
-def _check_k(k):
-    if isinstance(k, bool) or k!=int(k) or k<1: raise ValueError(f"k={k!r}: give a whole number of at least 1")
-    return int(k)
+# %% ../../nbs/measures/clustering.ipynb #8fb0a8f9
+_POOLING = dict(c1=('units', np.median), c2=('layers', np.median), c3=('units', np.mean), c4=('layers', np.mean))
 
 def _layers(acts):
     "Names and matrices of layers with equally many samples"
-    acts = dict(enumerate([acts] if isinstance(acts, Tensor) else acts)) if not isinstance(acts, dict) else acts
-    acts = {k:_matrix(a) for k,a in acts.items()}
-    if len({len(a) for a in acts.values()})!=1:
-        n = [len(a) for a in acts.values()]
-        raise ValueError(f"layers of {n} samples: give at least one layer, all with the same samples")
+    if isinstance(acts, Tensor): acts = [acts]
+    if not isinstance(acts, dict): acts = dict(enumerate(acts))
+    acts = {name:_matrix(a) for name,a in acts.items()}
+    samples = [len(a) for a in acts.values()]
+    if len(set(samples))!=1: raise ValueError(f"layers of {samples} samples: give at least one layer, all with the same samples")
     return acts
 
-def _pool(values, k, by, over):
-    "Mean of the k largest over all units ('units') or layers, then `over` classes; what has no value is left out"
-    k,v = _check_k(k),[o.cpu() for o in values]
-    v = torch.cat(v, 1) if by=='units' else torch.stack(v, 1)
-    v = v[:,~v.isnan().all(0)]
-    v = v[~v.isnan().any(1)].numpy()
-    if not v.size: raise ValueError("no unit is ever above zero: the network is dead, or these are not pre-activations")
-    return float(over(np.sort(v, 1)[:,-k:].mean(1)))
+def _pool(measure, values, k):
+    "Number of the network from the values of its layers, (classes,U) or (classes,)"
+    k = whole('k', k)
+    over,average = _POOLING[measure]
+    values = [v.cpu() for v in values]
+    values = torch.cat(values, 1) if over=='units' else torch.stack(values, 1)
+    values = values[:,~values.isnan().all(0)]
+    values = values[~values.isnan().any(1)].numpy()
+    if not values.size: raise ValueError("no unit is ever above zero: the network is dead, or these are not pre-activations")
+    return float(average(np.sort(values, 1)[:,-k:].mean(1)))
 
-# %% ../../nbs/measures/clustering.ipynb #00affab5
+# %% ../../nbs/measures/clustering.ipynb #1d4b3162
 def subclass_selectivity(
-    acts, # per-layer (N,units) pre-activations, a list or what `capture` gives
-    superclass, # (N,) superclass of each sample
-    subclass, # (N,) subclass of each sample
+    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    superclass:Tensor, # (N,) superclass of each sample, whole numbers
+    subclass:Tensor, # (N,) subclass of each sample, whole numbers
     k:int=1 # units that count, >= 1 (all, if fewer); 30 in the paper
 )->float: # >= 0, larger is better
     "Measure c1: how well single units set subclasses apart; `ValueError` for a broken hierarchy (Carbonnelle 2021)."
-    return _pool([unit_selectivity(a, superclass, subclass) for a in _layers(acts).values()], k, 'units', np.median)
+    return _pool('c1', [unit_selectivity(a, superclass, subclass) for a in _layers(acts).values()], k)
 
 def subclass_silhouette(
-    acts, # per-layer (N,units) pre-activations, a list or what `capture` gives
-    superclass, # (N,) superclass of each sample
-    subclass, # (N,) subclass of each sample
+    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    superclass:Tensor, # (N,) superclass of each sample, whole numbers
+    subclass:Tensor, # (N,) subclass of each sample, whole numbers
     k:int=1 # layers that count, >= 1 (all, if fewer); 5 for residual nets in the paper
 )->float: # in [-1,1], larger is better
     "Measure c2: how well layers set subclasses apart; `ValueError` for a broken hierarchy (Carbonnelle 2021)."
-    return _pool([layer_silhouette(a, superclass, subclass) for a in _layers(acts).values()], k, 'layers', np.median)
+    return _pool('c2', [layer_silhouette(a, superclass, subclass) for a in _layers(acts).values()], k)
 
-# %% ../../nbs/measures/clustering.ipynb #a7a9999d
 def variance_ratio(
-    acts, # per-layer (N,units) pre-activations, a list or what `capture` gives
-    y, # (N,) class of each sample
+    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    y:Tensor, # (N,) class of each sample, whole numbers
     k:int=30 # units that count, >= 1 (all, if fewer)
 )->float: # >= 0, larger is better
     "Measure c3: how much units vary within a class (Carbonnelle 2021)."
-    return _pool([unit_variance_ratio(a, y) for a in _layers(acts).values()], k, 'units', np.mean)
+    return _pool('c3', [unit_variance_ratio(a, y) for a in _layers(acts).values()], k)
 
 def distance_spread_ratio(
-    acts, # per-layer (N,units) pre-activations, a list or what `capture` gives
-    y, # (N,) class of each sample
+    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    y:Tensor, # (N,) class of each sample, whole numbers
     k:int=1 # layers that count, >= 1 (all, if fewer)
 )->float: # >= 0, larger is better
     "Measure c4: how much distances vary within a class; `ValueError` if every unit is dead (Carbonnelle 2021)."
-    return _pool([layer_spread_ratio(a, y) for a in _layers(acts).values()], k, 'layers', np.mean)
+    return _pool('c4', [layer_spread_ratio(a, y) for a in _layers(acts).values()], k)
 
-# %% ../../nbs/measures/clustering.ipynb #a9d17ecf
+# %% ../../nbs/measures/clustering.ipynb #b3d278bb
 def _probabilities(predict, x):
     p = predict(x)
     p = p.as_subclass(Tensor) if isinstance(p, Tensor) else torch.as_tensor(np.asarray(p))
@@ -322,84 +355,83 @@ def _probabilities(predict, x):
         f"predict gives {tuple(p.shape)} values that are no probabilities: return softmax(model(x), 1)")
     return p
 
-def _drop(predict, a, b, column, bs):
-    "Mean over pairs of the largest drop of a probability between `a` and `b`"
-    worst = []
-    for i in range(0, len(a), bs):
-        o,p = a[i:i+bs],b[i:i+bs]
-        probs = [_probabilities(predict, o*f+p*(1-f))[:,column] for f in [j/10 for j in range(1, 10)]]
-        worst.append((1-torch.stack(probs)).amax(0).double().cpu())
-    return torch.cat(worst).mean().item()
+def _drop(predict, start, end, column, bs):
+    "Mean over pairs of the largest drop of a probability on the way between them"
+    drops = []
+    for a,b in zip(start.split(bs), end.split(bs)):
+        on_the_way = [_probabilities(predict, a*(i/10)+b*(1-i/10))[:,column] for i in range(1, 10)]
+        drops.append((1-torch.stack(on_the_way)).amax(0).double().cpu())
+    return torch.cat(drops).mean().item()
 
-# %% ../../nbs/measures/clustering.ipynb #0b475c23
 @torch.no_grad()
 def interpolation_drop(
     predict, # function of a batch of inputs -> (B, superclasses) probabilities
-    x, # (N,...) float inputs
-    superclass, # (N,) superclass of each sample, a column of `predict`
-    subclass, # (N,) subclass of each sample
-    generator=None, # CPU `torch.Generator` of the partners; None for PyTorch's own
+    x:Tensor, # (N,...) float inputs; arrays work too
+    superclass:Tensor, # (N,) superclass of each sample, a column of `predict`
+    subclass:Tensor, # (N,) subclass of each sample, whole numbers
+    generator:torch.Generator|None=None, # on the CPU, draws the partners; None for PyTorch's own
     bs:int=256 # pairs a batch, >= 1
 )->float: # >= 0, larger is better; 1 where subclasses make no difference
     "Measure c0: the cost of the way to another subclass, against one within; ValueError for logits (Carbonnelle 2021)."
-    x = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    bs,x = whole('bs', bs),_as_tensor(x).detach()
     s,c,of = _hierarchy(x.flatten(1), superclass, subclass)
-    sups,n_out = _codes(superclass, x.flatten(1))[0].tolist(),_probabilities(predict, x[:2]).shape[1]
-    if min(sups)<0 or max(sups)>=n_out: raise ValueError(f"superclasses {sups}, {n_out} outputs: give column numbers")
+    columns = _codes(superclass, x.flatten(1))[0].tolist()
+    outputs = _probabilities(predict, x[:2]).shape[1]
+    if min(columns)<0 or max(columns)>=outputs:
+        raise ValueError(f"superclasses {columns}, {outputs} outputs: give column numbers")
     def shuffled(i): return i[torch.randperm(len(i), generator=generator).to(i.device)]
     ratios = []
     for k,sup in enumerate(of.tolist()):
         own,rest = (c==k).nonzero()[:,0],((s==sup)&(c!=k)).nonzero()[:,0]
         if not len(rest): continue
-        other = torch.cat([shuffled(rest) for _ in range(-(-len(own)//len(rest)))])[:len(own)]
-        within,between = (_drop(predict, x[own], x[o], sups[sup], bs) for o in (shuffled(own), other))
+        rounds = math.ceil(len(own)/len(rest))
+        other = torch.cat([shuffled(rest) for _ in range(rounds)])[:len(own)]
+        within,between = [_drop(predict, x[own], x[to], columns[sup], bs) for to in (shuffled(own), other)]
         ratios.append((between+1e-7)/(within+1e-7))
     return float(np.median(ratios))
 
-# %% ../../nbs/measures/clustering.ipynb #312954b1
-_UNITS = dict(c1=True, c2=False, c3=True, c4=False)
-
+# %% ../../nbs/measures/clustering.ipynb #42aeeb82
 def layer_values(
-    a, # (N,units) pre-activations of a layer
-    y, # (N,) class of each sample
-    subclass=None # (N,) subclass of each sample; None for c3 and c4 only
+    a:Tensor, # (N,units) pre-activations of a layer
+    y:Tensor, # (N,) class of each sample, whole numbers
+    subclass:Tensor|None=None # (N,) subclass of each sample; None for c3 and c4 only
 )->dict: # 'c1' (subclasses,units), 'c2' (subclasses,), 'c3' (classes,units), 'c4' (classes,)
     "Compute the values of a layer by class and unit, before they are pooled (Carbonnelle 2021)."
-    sub = {} if subclass is None else dict(c1=unit_selectivity(a, y, subclass), c2=layer_silhouette(a, y, subclass))
-    return sub | dict(c3=unit_variance_ratio(a, y), c4=layer_spread_ratio(a, y))
+    values = {}
+    if subclass is not None: values |= dict(c1=unit_selectivity(a, y, subclass), c2=layer_silhouette(a, y, subclass))
+    return values | dict(c3=unit_variance_ratio(a, y), c4=layer_spread_ratio(a, y))
 
-def _pooled(values, k):
-    "Measures of layers' values"
-    def one(m): return _pool([v[m] for v in values], k[m], 'units' if _UNITS[m] else 'layers', _over[m])
-    return {m:one(m) for m in values[0]}
-
-_over = dict(c1=np.median, c2=np.median, c3=np.mean, c4=np.mean)
+def _pooled(layers, k):
+    "Measures of the values of some layers"
+    return {measure:_pool(measure, [values[measure] for values in layers], k[measure]) for measure in layers[0]}
 
 def intraclass_table(
-    acts, # per-layer (N,units) pre-activations, a list or what `capture` gives
-    y, # (N,) class of each sample
-    subclass=None, # (N,) subclass of each sample; None for c3 and c4 only
+    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    y:Tensor, # (N,) class of each sample, whole numbers
+    subclass:Tensor|None=None, # (N,) subclass of each sample; None for c3 and c4 only
     **k:int # units or layers that count, by measure; c1=1, c2=1, c3=30, c4=1 unless given
 )->pd.DataFrame: # a row a layer in order, then 'network'; columns c1 to c4 (NaN: no live unit)
     "Tabulate c1 to c4 by layer and for the network; `ValueError` for an unknown measure (Carbonnelle 2021)."
-    if bad := k.keys()-_UNITS.keys(): raise ValueError(f"k of {', '.join(bad)}: the measures are {', '.join(_UNITS)}")
-    k,vals = dict(c1=1, c2=1, c3=30, c4=1)|k,{n:layer_values(a, y, subclass) for n,a in _layers(acts).items()}
-    def row(v):
-        try: return _pooled(v, k)
-        except ValueError: return {}
-    return pd.DataFrame([row([v]) for v in vals.values()]+[_pooled(list(vals.values()), k)], [*vals,'network'])
+    for measure in k: one_of('measure', measure, _POOLING)
+    k = dict(c1=1, c2=1, c3=30, c4=1)|k
+    values = {name:layer_values(a, y, subclass) for name,a in _layers(acts).items()}
+    def row(layer):
+        try: return _pooled([layer], k)
+        except ValueError: return {} # a dead layer
+    rows = {name:row(layer) for name,layer in values.items()} | dict(network=_pooled(list(values.values()), k))
+    return pd.DataFrame(list(rows.values()), list(rows))
 
-# %% ../../nbs/measures/clustering.ipynb #15fd43d3
+# %% ../../nbs/measures/clustering.ipynb #312954b1
 def class_table(
-    acts, # per-layer (N,units) pre-activations, a list or what `capture` gives
-    y, # (N,) class of each sample
+    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    y:Tensor, # (N,) class of each sample, whole numbers
     k:int=30 # units of a layer that count for c3, >= 1 (all, if fewer)
 )->pd.DataFrame: # a row a class by rising label; columns (c3 or c4, layer)
     "Tabulate c3 and c4 of every layer by class (Carbonnelle 2021)."
-    acts,cols = _layers(acts),{}
+    acts,k = _layers(acts),whole('k', k)
     names = _codes(y, next(iter(acts.values())))[0].tolist()
-    for n,a in acts.items():
-        v = layer_values(a, y)
-        cols['c3',n] = v['c3'].topk(min(_check_k(k), a.shape[1]), 1).values.mean(1).cpu()
-        cols['c4',n] = v['c4'].cpu()
-    return pd.DataFrame({o:v.numpy() for o,v in cols.items()}, names).sort_index(axis=1, level=0, sort_remaining=False)
+    columns = {}
+    for name,a in acts.items():
+        columns['c3',name] = unit_variance_ratio(a, y).topk(min(k, a.shape[1]), 1).values.mean(1).cpu().numpy()
+        columns['c4',name] = layer_spread_ratio(a, y).cpu().numpy()
+    return pd.DataFrame(columns, names).sort_index(axis=1, level=0, sort_remaining=False)

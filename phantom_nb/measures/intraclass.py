@@ -12,13 +12,14 @@ __all__ = ['sample_batches', 'IntraclassMonitor', 'intraclass_report', 'capture'
 from contextlib import nullcontext
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from fastai.basics import Callback, no_random
-from fastcore.basics import patch, store_attr
-from torch import Tensor
+from fastai.basics import Learner, no_random
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from ..core import _check_number
-from .capture import _capture, capture, evaluating, find_activations # chkstyle: ignore-node
+from ..checks import whole
+from ..core import TrainingCallback
+from ..hooks import evaluating
+from .capture import capture, capture_with_outputs, find_activations # chkstyle: ignore-node
 from .clustering import class_table, cosine_distance_std # chkstyle: ignore-node
 from .clustering import distance_spread_ratio, interpolation_drop # chkstyle: ignore-node
 from .clustering import intraclass_table, layer_silhouette # chkstyle: ignore-node
@@ -30,166 +31,181 @@ _all_ = ['capture', 'find_activations', 'silhouette_cosine', 'cosine_distance_st
     'subclass_selectivity', 'subclass_silhouette', 'variance_ratio', 'distance_spread_ratio', 'intraclass_table',
     'class_table', 'unit_selectivity', 'layer_silhouette', 'unit_variance_ratio', 'layer_spread_ratio']
 
-# %% ../../nbs/measures/intraclass.ipynb #c8dfaec0
+# %% ../../nbs/measures/intraclass.ipynb #5a66f048
 def _no_augmentation(dataset):
     "Context in which the data set transforms as for validation, where it can"
     return dataset.set_split_idx(1) if hasattr(dataset, 'set_split_idx') else nullcontext()
 
+def _check_labels(y):
+    if isinstance(y, Tensor) and y.ndim==1 and not y.is_floating_point(): return
+    what = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+    raise ValueError(f"labels are {what}: the measures need one class a sample (for several, measure each alone)")
+
 def sample_batches(
-    dl, # fastai or PyTorch loader with a length
+    dl:DataLoader, # fastai or PyTorch loader with a length
     n:int=1000, # samples, >= 2 (all, if fewer)
     seed:int=0 # of the choice
 )->tuple: # list of (inputs, labels (B,) int64), and (n,) indices into the data set
-    "Draw a fixed sample of a loader's data, unaugmented; ValueError for labels that are no classes."
-    n = int(_check_number('n', n, lambda v: v>=2, "2 or more samples"))
+    "Draw a fixed sample of a loader's data, unaugmented; ValueError for labels that are no classes (ours)."
+    n = whole('n', n, at_least=2, what="a whole number of samples")
     idx = np.sort(np.random.default_rng(seed).permutation(len(dl.dataset))[:n])
     with no_random(), _no_augmentation(dl.dataset):
-        if hasattr(dl, 'get_idxs'):
+        if hasattr(dl, 'get_idxs'): # fastai's
             dl = dl.new(shuffle=False, drop_last=False, num_workers=0)
             dl.get_idxs = lambda: idx
         else: dl = DataLoader(Subset(dl.dataset, idx.tolist()), dl.batch_size, collate_fn=dl.collate_fn)
-        batches = [(b[0], b[-1]) for b in dl]
-    y = batches[0][1]
-    if not isinstance(y, Tensor) or y.ndim!=1 or y.is_floating_point():
-        what = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"labels are {what}: the measures need one class a sample (for several, measure each alone)")
+        batches = [(batch[0], batch[-1]) for batch in dl]
+    _check_labels(batches[0][1])
     return [(x, y.as_subclass(Tensor)) for x,y in batches],torch.from_numpy(idx)
 
 # %% ../../nbs/measures/intraclass.ipynb #be0341d3
 def _subclass(subclass, dataset, idx):
     "Subclasses of the sample, or None"
-    subclass = getattr(dataset, 'fine', None) if subclass is None else subclass
+    if subclass is None: subclass = getattr(dataset, 'fine', None)
     if subclass is None: return None
-    subclass = torch.as_tensor(np.asarray(subclass) if not isinstance(subclass, Tensor) else subclass)
+    subclass = subclass if isinstance(subclass, Tensor) else torch.as_tensor(np.asarray(subclass))
     if len(subclass)!=len(dataset): raise ValueError(f"subclass has {len(subclass)} labels for {len(dataset)} training "
         "samples: give one a sample of the training set, in its order")
     return subclass[idx.to(subclass.device)].cpu()
 
 def _measure(model, batches, subclass, layers, k):
     "Table of measures, accuracy on the sample, pre-activations and labels"
-    acts,out = _capture(model, batches, layers)
-    y = torch.cat([o for _,o in batches]).to(out.device)
-    return intraclass_table(acts, y, subclass, **k),(out.argmax(1)==y).float().mean().item(),acts,y
+    acts,out = capture_with_outputs(model, batches, layers)
+    y = torch.cat([labels for _,labels in batches]).to(out.device)
+    table = intraclass_table(acts, y, subclass, **k)
+    return table,(out.argmax(1)==y).float().mean().item(),acts,y
 
-def _c0(model, batches, subclass, seed):
+def _measure_c0(model, batches, subclass, seed):
     "c0 on the sample, with partners of a generator of its own"
-    x,y = (torch.cat(o) for o in zip(*batches))
+    x,y = [torch.cat(parts) for parts in zip(*batches)]
     gen = torch.Generator().manual_seed(seed)
-    def predict(x): return m(x).float().softmax(1)
-    with evaluating(model) as m: return interpolation_drop(predict, x.as_subclass(Tensor), y, subclass, gen)
+    with evaluating(model) as network:
+        def predict(x): return network(x).float().softmax(1)
+        return interpolation_drop(predict, x.as_subclass(Tensor), y, subclass, gen)
 
 # %% ../../nbs/measures/intraclass.ipynb #5565bfa4
-class IntraclassMonitor(Callback):
+_COLOURS = dict(c0='C6', c1='C0', c2='C1', c3='C2', c4='C3') # one colour a measure, in all figures
+
+def _plot_profile(table, ax):
+    "Draw the measures over depth"
+    layers = table.drop('network')
+    for m in layers: ax.plot(range(len(layers)), layers[m], 'o-', color=_COLOURS[m], label=m)
+    ax.set(xlabel='layer, from input to output', title='by layer, after training')
+    if len(layers)<9: ax.set_xticks(range(len(layers)), layers.index, rotation=30, ha='right')
+
+class IntraclassMonitor(TrainingCallback):
     "Measure c1 to c4 over training, on a fixed sample of the training data (Carbonnelle 2021, section 5)."
     order = 60 # after the epoch's own work
+
     def __init__(self,
         n:int=1000, # samples, >= 2
         every:int=1, # epochs from one measurement to the next, >= 1; the last epoch always counts
-        subclass=None, # (training samples,) subclasses; None for those of the data set, else c3 and c4 only
+        subclass:Tensor|None=None, # (training samples,) subclasses; None for those of the data set, else c3 and c4 only
         layers=None, # as for `capture`; None for all
         interpolate:bool=False, # c0 as well? it needs subclasses and 18 predictions a sample
         keep:bool=False, # keep the pre-activations of every measurement in `acts`?
         seed:int=0, # of the sample and of c0's partners
         **k:int # units or layers that count, as for `intraclass_table`
     ):
-        _check_number('every', every, lambda v: v>=1 and v==int(v), "a whole number of epochs >= 1")
-        store_attr('n,every,subclass,layers,interpolate,keep,seed')
-        self.k = k
-        self.tables,self.rows,self.acts,self._sample = {},[],{},None
+        self.n,self.every,self.seed = n,whole('every', every, what="a whole number of epochs"),seed
+        self.subclass,self.layers,self.k = subclass,layers,k
+        self.interpolate,self.keep = interpolate,keep
+        self.tables = {} # epoch -> table of `intraclass_table`
+        self.rows = [] # a dict a measured epoch
+        self.acts = {} # epoch -> what `capture` gives, on the CPU
+        self._sample = None
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
-        dl = self.dls.train
-        batches,idx = sample_batches(dl, self.n, self.seed)
-        sub = _subclass(self.subclass, dl.dataset, idx)
-        if self.interpolate and sub is None: raise ValueError("interpolate=True needs subclasses: give subclass=")
-        self._sample,self.labels,self.sublabels = (batches, sub),torch.cat([y for _,y in batches]).cpu(),sub
+        loader = self.dls.train
+        batches,idx = sample_batches(loader, self.n, self.seed)
+        self.labels = torch.cat([y for _,y in batches]).cpu()
+        self.sublabels = _subclass(self.subclass, loader.dataset, idx)
+        if self.interpolate and self.sublabels is None:
+            raise ValueError("interpolate=True needs subclasses: give subclass=")
+        self._sample = batches
         self.tables,self.rows,self.acts = {},[],{}
-        self._look(0)
+        self.measure(0)
 
-    def _look(self, epoch):
-        batches,sub = self._sample
-        table,acc,acts,_ = _measure(self.model, batches, sub, self.layers, self.k)
-        c0 = dict(c0=_c0(self.model, batches, sub, self.seed)) if self.interpolate else {}
+    def measure(self,
+        epoch:int # number to file the measurement under, >= 0
+    )->None:
+        "Measure the network as it is now, while a fit runs (ours)."
+        table,acc,acts,_ = _measure(self.model, self._sample, self.sublabels, self.layers, self.k)
+        row = dict(epoch=epoch, accuracy=acc)
+        if self.interpolate: row['c0'] = _measure_c0(self.model, self._sample, self.sublabels, self.seed)
         self.tables[epoch] = table
-        self.rows.append(dict(epoch=epoch, accuracy=acc) | c0 | table.loc['network'].to_dict())
-        if self.keep: self.acts[epoch] = {n:a.cpu() for n,a in acts.items()}
+        self.rows.append(row | table.loc['network'].to_dict())
+        if self.keep: self.acts[epoch] = {name:a.cpu() for name,a in acts.items()}
 
     def after_epoch(self):
-        if (self.epoch+1)%self.every==0 or self.epoch+1==self.n_epoch: self._look(self.epoch+1)
-    def after_fit(self): self._sample = None
-    def __getstate__(self): return {**self.__dict__, '_sample':None}
+        epoch = self.epoch+1
+        if epoch%self.every==0 or epoch==self.n_epoch: self.measure(epoch)
 
-# %% ../../nbs/measures/intraclass.ipynb #c86e02e7
-@patch
-def to_frame(self:IntraclassMonitor)->pd.DataFrame: # epoch, accuracy on the sample in [0,1], measures of the network
-    "Tabulate the measures of the last fit, a row a measured epoch (0: before training)."
-    return pd.DataFrame(self.rows)
+    def after_fit(self): self._sample = None # images are not kept
 
-@patch
-def profiles(self:IntraclassMonitor)->pd.DataFrame: # a row an epoch and layer; columns c1 to c4
-    "Tabulate the measures of the last fit by layer."
-    if not self.tables: raise ValueError("IntraclassMonitor has nothing to show yet: fit first")
-    return pd.concat(self.tables, names=['epoch','layer'])
+    def to_frame(self)->pd.DataFrame: # epoch, accuracy on the sample in [0,1], measures of the network
+        "Tabulate the measures of the last fit, a row a measured epoch (0: before training)."
+        return pd.DataFrame(self.rows)
 
-# %% ../../nbs/measures/intraclass.ipynb #100dd305
-def _plot_profile(table, ax):
-    "Measures over depth"
-    t = table.drop('network')
-    for m in t: ax.plot(range(len(t)), t[m], 'o-', ms=4, label=m)
-    ax.set(xlabel='depth', title='profile over depth')
-    if len(t)<9: ax.set_xticks(range(len(t)), t.index, rotation=30, ha='right', fontsize='small')
-    ax.legend(fontsize='small')
+    def profiles(self)->pd.DataFrame: # a row an epoch and layer; columns c1 to c4
+        "Tabulate the measures of the last fit by layer; ValueError before there is one."
+        if not self.tables: raise ValueError("IntraclassMonitor has nothing to show yet: fit first")
+        return pd.concat(self.tables, names=['epoch','layer'])
 
-@patch
-def plot(self:IntraclassMonitor,
-    axs=None # two matplotlib axes, made if None
-)->list: # the two axes
-    "Plot the measures over epochs, and over depth after the last."
-    last = self.profiles().xs(max(self.tables))
-    if axs is None: axs = plt.subplots(1, 2, figsize=(9,3.3), layout='constrained')[1]
-    df = self.to_frame().set_index('epoch')
-    for m in [o for o in df if o not in ('accuracy','c0')]: axs[0].plot(df[m], label=m)
-    axs[0].plot(df.accuracy, 'k--', lw=1, label='accuracy')
-    if 'c0' in df:
-        axs[0].plot([], 'C7', label='c0 (right axis)')
-        axs[0].twinx().plot(df.c0, 'C7')
-    axs[0].set(xlabel='epoch', title='network')
-    axs[0].legend(fontsize='small')
-    _plot_profile(last, axs[1])
-    return list(axs)
+    def plot(self,
+        axs=None # two matplotlib axes, three with c0; made if None
+    )->list: # the axes
+        "Plot the measures over epochs, and by layer after the last; ValueError before a fit."
+        last = self.profiles().xs(max(self.tables))
+        df = self.to_frame().set_index('epoch')
+        panels,own_figure = 3 if 'c0' in df else 2,axs is None
+        if own_figure: axs = plt.subplots(1, panels, figsize=(3.4*panels,2.8), layout='constrained')[1]
+        for m in last: axs[0].plot(df[m], color=_COLOURS[m], label=m)
+        axs[0].plot(df.accuracy, 'k--', lw=1, label='accuracy')
+        axs[0].set(xlabel='epoch', ylabel='measure', title='network, over training')
+        if own_figure: axs[0].figure.legend(*axs[0].get_legend_handles_labels(), loc='outside right center')
+        else: axs[0].legend()
+        _plot_profile(last, axs[1])
+        if 'c0' in df:
+            axs[2].plot(df.c0, color=_COLOURS['c0'])
+            axs[2].set(xlabel='epoch', ylabel='ratio of drops', title='c0, over training')
+        return list(axs)
 
 # %% ../../nbs/measures/intraclass.ipynb #8742fbb6
 def _most_varied(acts, y):
     "Layer, unit and class with the largest c3"
-    best = {n:unit_variance_ratio(a, y) for n,a in acts.items()}
-    name = max(best, key=lambda n: best[n].max())
-    c,u = divmod(int(best[name].argmax()), best[name].shape[1])
-    return name,u,y.unique()[c]
+    best = {name:unit_variance_ratio(a, y) for name,a in acts.items()}
+    name = max(best, key=lambda layer: best[layer].max())
+    c,unit = divmod(int(best[name].argmax()), best[name].shape[1])
+    return name,unit,y.unique()[c]
 
 def _report_figure(table, acts, y, vocab):
-    fig,axs = plt.subplots(1, 3, figsize=(11,3.5), layout='constrained')
-    _plot_profile(table, axs[0])
+    fig,(left,middle,right) = plt.subplots(1, 3, figsize=(10,3), layout='constrained')
+    _plot_profile(table, left)
+    left.set(ylabel='measure')
+    left.legend(loc='upper center', bbox_to_anchor=(.5,-.42), ncols=4)
     by_class = class_table(acts, y).c3
     names = [str(vocab[i]) if vocab is not None and 0<=i<len(vocab) else str(i) for i in by_class.index]
-    axs[1].bar(names, by_class.max(axis=1), width=.6)
-    axs[1].set(title='c3 by class, best layer')
-    axs[1].tick_params(axis='x', rotation=40)
-    name,u,c = _most_varied(acts, y)
-    a,own = acts[name][:,u].float().cpu(),(y==c).cpu()
-    bins,title = np.histogram_bin_edges(a, 25),f'class {names[list(by_class.index).index(int(c))]}'
-    for v,l in ((a[own], title), (a[~own], 'others')): axs[2].hist(v, bins, density=True, alpha=.6, label=l)
-    axs[2].set(title=f'largest c3: unit {u} of {name}', xlabel='pre-activation')
-    axs[2].legend(fontsize='small')
+    middle.bar(names, by_class.max(axis=1), width=.6)
+    middle.set(title='by class, best layer', ylabel='c3')
+    middle.tick_params(axis='x', rotation=40)
+    layer,unit,c = _most_varied(acts, y)
+    a,own = acts[layer][:,unit].float().cpu(),(y==c).cpu()
+    bins = np.histogram_bin_edges(a, 16)
+    for values,label in ((a[own], f'class {names[list(by_class.index).index(int(c))]}'), (a[~own], 'other classes')):
+        right.hist(values, bins, density=True, histtype='stepfilled', alpha=.55, label=label)
+    right.set(title=f'unit {unit} of {layer}, largest c3', xlabel='pre-activation', ylabel='density')
+    right.legend(loc='upper center', bbox_to_anchor=(.5,-.42), ncols=2)
     return fig
 
 # %% ../../nbs/measures/intraclass.ipynb #2dce1dbc
 def intraclass_report(
-    learn, # `Learner`, trained
+    learn:Learner, # trained
     n:int=1000, # samples, >= 2 (all, if fewer)
-    subclass=None, # (samples of `dl`,) subclasses; None for those of the data set, else c3 and c4 only
-    dl=None, # loader of the images to look at; None for the training loader
+    subclass:Tensor|None=None, # (samples of `dl`,) subclasses; None for those of the data set, else c3 and c4 only
+    dl:DataLoader|None=None, # loader of the images to look at; None for the training loader
     layers=None, # as for `capture`; None for all
     seed:int=0, # of the sample
     **k:int # units or layers that count, as for `intraclass_table`

@@ -7,40 +7,48 @@ __all__ = ['sharpness', 'sharpness_measures', 'path_norm', 'norm_measures']
 
 # %% ../../nbs/measures/sharpness.ipynb #e53ef75b
 import math
+from collections.abc import Iterable
 
 import pandas as pd, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..core import _check_number, select_layers, weight_view
-from .capture import _device, evaluating
+from ..checks import number, share, whole
+from ..core import select_layers, weight_view
+from ..hooks import evaluating
+from .capture import device_of
 
 # %% ../../nbs/measures/sharpness.ipynb #46751d54
 def _sample(batches, device):
     "Inputs and labels of the sample on the device"
-    x,y = (torch.cat([o.as_subclass(Tensor) for o in v]).to(device) for v in zip(*batches))
+    x,y = [torch.cat([part.as_subclass(Tensor) for part in parts]).to(device) for parts in zip(*batches)]
     if y.ndim==1 and not y.is_floating_point(): return x,y
     raise ValueError(f"labels of {tuple(y.shape)} {y.dtype}: give one class a sample")
 
 class _Perturbed:
-    "Call a network with other weights; its own, and its buffers, stay as they are"
-    def __init__(self, model, kernels, batch_stats, bs):
+    "A network that is called with other weights; its own, and its buffers, stay as they are"
+    def __init__(self, model, kernels=False, batch_stats=False, bs=500):
         self.model,self.bs = model,bs
-        self.w = {k:p.detach() for k,p in model.named_parameters()}
-        self.moved = [k for k,p in self.w.items() if p.is_floating_point() and (p.ndim>1 or not kernels)]
-        self.scale = {k:self.w[k].abs()+1e-3 for k in self.moved}
+        self.weights = {name:p.detach() for name,p in model.named_parameters()}
+        self.moved = [k for k,p in self.weights.items() if p.is_floating_point() and (p.ndim>1 or not kernels)]
+        self.scale = {k:self.weights[k].abs()+1e-3 for k in self.moved}
         if batch_stats:
-            for m in model.modules():
-                if isinstance(m, nn.modules.batchnorm._BatchNorm): m.train()
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm): module.train()
 
-    def at(self, step): return {k:self.w[k]+step[k]*self.scale[k] for k in self.moved}
-    def __call__(self, w, x):
-        state = {k:b.clone() for k,b in self.model.named_buffers()} | self.w | w
-        return functional_call(self.model, state, (x,))
+    def moved_by(self, step):
+        "Weights after a step, in units of each weight's scale"
+        return {k:self.weights[k]+step[k]*self.scale[k] for k in self.moved}
+
+    def __call__(self, weights, x):
+        buffers = {name:b.clone() for name,b in self.model.named_buffers()}
+        return functional_call(self.model, buffers | self.weights | weights, (x,))
+
     @torch.no_grad()
-    def accuracy(self, w, x, y):
-        return sum((self(w, o).argmax(1)==t).sum() for o,t in zip(x.split(self.bs), y.split(self.bs))).item()/len(y)
+    def accuracy(self, weights, x, y):
+        pairs = zip(x.split(self.bs), y.split(self.bs))
+        return sum((self(weights, inputs).argmax(1)==labels).sum() for inputs,labels in pairs).item()/len(y)
 
 # %% ../../nbs/measures/sharpness.ipynb #59755981
 def _bisect(accuracy, high, target, steps=20):
@@ -50,41 +58,42 @@ def _bisect(accuracy, high, target, steps=20):
         m = (low+high)/2
         acc = accuracy(m)
         if abs(acc-target)<5e-3 or high-low<1e-5*top: break
-        low,high = (low, m) if acc<target else (m, high)
+        if acc<target: high = m
+        else: low = m
     return m
 
 def _random(net, x, y, gen, draws):
-    "Function m -> mean accuracy under noise of size m"
-    def noise(k): return torch.randn(net.w[k].shape, generator=gen).to(net.w[k])
-    xis = [{k:noise(k) for k in net.moved} for _ in range(draws)]
-    return lambda m: sum(net.accuracy(net.at({k:m*v for k,v in xi.items()}), x, y) for xi in xis)/draws
+    "Function m -> mean accuracy under noise of size m, the expectation in (1)"
+    def noise(k): return torch.randn(net.weights[k].shape, generator=gen).to(net.weights[k])
+    noises = [{k:noise(k) for k in net.moved} for _ in range(draws)]
+    def accuracy(m):
+        return sum(net.accuracy(net.moved_by({k:m*v for k,v in xi.items()}), x, y) for xi in noises)/draws
+    return accuracy
 
 # %% ../../nbs/measures/sharpness.ipynb #b04ad1fb
-def _step(net, k, v, g, rate, m):
-    "One step of ascent, back into the box"
-    if g is None: return v.detach()
-    w,s = net.w[k],m*net.scale[k]
-    return torch.minimum(torch.maximum(v+rate*g.nan_to_num(), w-s), w+s)
-
 def _worst(net, x, y, gen, steps, lr, target, bs=128):
-    "Function m -> accuracy after gradient ascent in the box of size m; it ends early once below the target"
+    "Function m -> accuracy after gradient ascent in the box of size m, the minimum in (2)"
     order = [torch.randperm(len(x), generator=gen)[:bs].to(x.device) for _ in range(steps)]
+    def up(k, w, gradient, rate, m):
+        if gradient is None: return w.detach()
+        centre,reach = net.weights[k],m*net.scale[k]
+        return torch.minimum(torch.maximum(w+rate*gradient.nan_to_num(), centre-reach), centre+reach)
     def accuracy(m):
-        w = {k:net.w[k].clone() for k in net.moved}
-        for i,b in enumerate(order):
-            w = {k:v.requires_grad_() for k,v in w.items()}
-            with torch.enable_grad(): loss = F.cross_entropy(net(w, x[b]).float(), y[b])
-            gs = torch.autograd.grad(loss, list(w.values()), allow_unused=True)
+        weights = {k:net.weights[k].clone() for k in net.moved}
+        for i,batch in enumerate(order):
+            weights = {k:w.requires_grad_() for k,w in weights.items()}
+            with torch.enable_grad(): loss = F.cross_entropy(net(weights, x[batch]).float(), y[batch])
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             rate = lr if i<.6*steps else .1*lr
-            with torch.no_grad(): w = {k:_step(net, k, v, g, rate, m) for (k,v),g in zip(w.items(), gs)}
-            if (i+1)%10==0 and (acc := net.accuracy(w, x, y))<target-5e-3: return acc
-        return net.accuracy(w, x, y)
+            with torch.no_grad(): weights = {k:up(k, w, g, rate, m) for (k,w),g in zip(weights.items(), gradients)}
+            if (i+1)%10==0 and (acc := net.accuracy(weights, x, y))<target-5e-3: return acc
+        return net.accuracy(weights, x, y)
     return accuracy
 
 # %% ../../nbs/measures/sharpness.ipynb #ec4b2ae7
 def sharpness(
     model:nn.Module, # network; nothing of it is changed
-    batches, # iterable of (inputs, labels), a sample of the training data
+    batches:Iterable, # of (inputs, labels), a sample of the training data
     worst:bool=False, # gradient ascent (alpha) or noise (sigma)?
     kernels:bool=False, # only weights with two or more axes?
     batch_stats:bool=False, # batch normalization by the statistics of the batch?
@@ -96,11 +105,13 @@ def sharpness(
     seed:int=0 # of noise and of the batches of ascent
 )->float: # perturbation borne, relative to each weight: in [0,2] for noise, [0,0.25] for the worst case; large is flat
     "Measure sigma or alpha; ValueError if the accuracy is below `target` unperturbed (Carbonnelle 2021, section 6)."
-    for n,v in dict(draws=draws, steps=steps, bs=bs).items(): _check_number(n, v, lambda v: v>=1, "a whole number >= 1")
-    _check_number('target', target, lambda v: 0<v<1, "an accuracy between 0 and 1")
-    with evaluating(model) as m:
-        (x,y),gen = _sample(batches, _device(m)),torch.Generator().manual_seed(seed)
-        net = _Perturbed(m, kernels, batch_stats, bs)
+    draws,steps,bs = whole('draws', draws),whole('steps', steps),whole('bs', bs)
+    share('target', target)
+    number('lr', lr, above=0)
+    with evaluating(model) as network:
+        x,y = _sample(batches, device_of(network))
+        gen = torch.Generator().manual_seed(seed)
+        net = _Perturbed(network, kernels, batch_stats, bs)
         acc = net.accuracy({}, x, y)
         if acc<target: raise ValueError(f"accuracy {acc:.3f} on the sample is below target={target}: train longer, or "
             "lower the target")
@@ -109,55 +120,60 @@ def sharpness(
 
 def sharpness_measures(
     model:nn.Module, # network; nothing of it is changed
-    batches, # iterable of (inputs, labels), a sample of the training data
+    batches:Iterable, # of (inputs, labels), a sample of the training data
     **kwargs # options of `sharpness`
 )->pd.Series: # sigma1, sigma2 (the paper's ' and ''), alpha1, alpha2; large is flat
     "Measure all four; ValueError as in `sharpness` (Carbonnelle 2021, section 6)."
-    both,batches = dict(kernels=True, batch_stats=True),list(batches)
-    return pd.Series({f'{n}{i}':sharpness(model, batches, worst=n=='alpha', **kw, **kwargs)
-        for n in ('sigma','alpha') for i,kw in ((1, {}), (2, both))})
+    batches = list(batches)
+    second = dict(kernels=True, batch_stats=True)
+    kinds = dict(sigma1={}, sigma2=second, alpha1=dict(worst=True), alpha2=dict(worst=True)|second)
+    return pd.Series({name:sharpness(model, batches, **options, **kwargs) for name,options in kinds.items()})
 
-# %% ../../nbs/measures/sharpness.ipynb #5fdc4bfd
+# %% ../../nbs/measures/sharpness.ipynb #c262be5e
 def _squared(model):
     "Weights and buffers of the network whose every linear map has squared entries, in float64"
-    state = {k:p.detach().double().square() for k,p in model.named_parameters()}
-    state |= {k:b.double() if b.is_floating_point() else b for k,b in model.named_buffers()}
-    for name,m in model.named_modules():
-        if not isinstance(m, nn.modules.batchnorm._BatchNorm) or m.running_var is None: continue
-        pre,var = f'{name}.' if name else '',m.running_var.double()+m.eps
-        state[pre+'running_mean'] = torch.zeros_like(var)
-        state[pre+'running_var'] = var*var-m.eps # the layer divides by its root, which is var
+    state = {name:p.detach().double().square() for name,p in model.named_parameters()}
+    state |= {name:b.double() if b.is_floating_point() else b for name,b in model.named_buffers()}
+    for name,module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_var is None: continue
+        prefix = f'{name}.' if name else ''
+        variance = module.running_var.double()+module.eps
+        state[f'{prefix}running_mean'] = torch.zeros_like(variance)
+        state[f'{prefix}running_var'] = variance*variance-module.eps # the layer divides by its root, which is `variance`
     return state
 
-def _log(v): return math.log(v) if v>0 else -math.inf
+def _log(value): return math.log(value) if value>0 else -math.inf
 
 def path_norm(
     model:nn.Module, # network of linear layers, batch normalization, ReLU and pooling
     x:Tensor # (1,...) or more inputs, for their shape
 )->float: # logarithm of the squared path norm
     "Compute the path norm by one pass in 64 bits (Neyshabur 2015; Jiang 2020, eq. 44)."
-    with evaluating(model) as m:
-        one = torch.ones_like(x[:1], dtype=torch.float64, device=_device(m))
-        return _log(functional_call(m, _squared(m), (one,)).sum().item())
+    with evaluating(model) as network:
+        one = torch.ones_like(x[:1], dtype=torch.float64, device=device_of(network))
+        return _log(functional_call(network, _squared(network), (one,)).sum().item())
 
-# %% ../../nbs/measures/sharpness.ipynb #c262be5e
+# %% ../../nbs/measures/sharpness.ipynb #702c7f7a
 @torch.no_grad()
 def _margin(model, x, y, bs):
-    out = torch.cat([model(o).float() for o in x.split(bs)])
-    right = out.gather(1, y[:,None])[:,0]
-    return (right-out.scatter(1, y[:,None], -math.inf).amax(1)).quantile(.1).item()
+    logits = torch.cat([model(part).float() for part in x.split(bs)])
+    right = logits.gather(1, y[:,None])[:,0]
+    best_other = logits.scatter(1, y[:,None], -math.inf).amax(1)
+    return (right-best_other).quantile(.1).item()
 
 def norm_measures(
     model:nn.Module, # network; nothing of it is changed
-    batches, # iterable of (inputs, labels), a sample of the training data
+    batches:Iterable, # of (inputs, labels), a sample of the training data
     bs:int=500 # samples a batch of evaluation, >= 1
-)->pd.Series: # parameters, norms and the margin (3); the last two are NaN for a negative margin
+)->pd.Series: # parameters, norms (3), (4) and margins (5); the last two are NaN for a negative margin
     "Compute norms and the margin (Jiang 2020, appendix C)."
-    with evaluating(model) as m:
-        x,y = _sample(batches, _device(m))
-        ws = [w.detach() for o in select_layers(m).values() for w in weight_view(o).float()]
-        margin,spectral = _margin(m, x, y, bs),sum(2*_log(torch.linalg.matrix_norm(w, 2).item()) for w in ws)
-        n,norm = sum(p.numel() for p in m.parameters()),sum(w.square().sum().item() for w in ws)
+    bs = whole('bs', bs)
+    with evaluating(model) as network:
+        x,y = _sample(batches, device_of(network))
+        weights = [w.detach() for layer in select_layers(network).values() for w in weight_view(layer).float()]
+        margin = _margin(network, x, y, bs)
+        spectral = sum(2*_log(torch.linalg.matrix_norm(w, 2).item()) for w in weights)
         inverse = -2*math.log(margin) if margin>0 else math.nan
-        out = dict(parameters=n, param_norm=norm, spectral=spectral, path=path_norm(m, x), margin=margin)
-        return pd.Series(out | dict(inverse_margin=inverse, spectral_margin=spectral+inverse))
+        return pd.Series(dict(parameters=sum(p.numel() for p in network.parameters()),
+            param_norm=sum(w.square().sum().item() for w in weights), spectral=spectral, path=path_norm(network, x),
+            margin=margin, inverse_margin=inverse, spectral_margin=spectral+inverse))
