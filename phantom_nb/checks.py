@@ -7,15 +7,16 @@ __all__ = ['one_of', 'number', 'whole', 'share']
 
 # %% ../nbs/checks.ipynb #85bb04b6
 import math
+from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
 
 # %% ../nbs/checks.ipynb #0d63c9f4
 def one_of(
     name:str, # name of the option, for the message
-    value, # what was given
-    choices # iterable of the right values
-): # `value`
+    value:object, # what was given
+    choices:Iterable # the right values
+)->object: # `value`
     "Return `value` if it is among `choices`; else raise a `ValueError` that lists them and guesses (ours)."
     choices = list(choices)
     if value in choices: return value
@@ -43,13 +44,13 @@ def _outside(value, at_least=None, above=None, at_most=None, below=None):
 # %% ../nbs/checks.ipynb #e6c9f814
 def number(
     name:str, # name of the option, for the message
-    value, # what was given
+    value:object, # what was given
     at_least:float|None=None, # smallest value allowed
     above:float|None=None, # every value allowed is larger than this
     at_most:float|None=None, # largest value allowed
     below:float|None=None, # every value allowed is smaller than this
     what:str='a number' # what to give, for the message
-): # `value`
+)->float: # `value`
     "Return `value` if it is a finite number in the range; else raise a `ValueError` that says the range (ours)."
     ends = dict(at_least=at_least, above=above, at_most=at_most, below=below)
     is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
@@ -58,7 +59,7 @@ def number(
 
 def whole(
     name:str, # name of the option, for the message
-    value, # what was given; 3.0 counts as 3
+    value:object, # what was given; 3.0 counts as 3
     at_least:int|None=1, # smallest value allowed
     at_most:int|None=None, # largest value allowed
     what:str='a whole number' # what to give, for the message
@@ -70,7 +71,7 @@ def whole(
 
 def share(
     name:str, # name of the option, for the message
-    value # what was given
-): # `value`
+    value:object # what was given
+)->float: # `value`
     "Return `value` if it lies strictly between 0 and 1; else raise a `ValueError` (ours)."
     return number(name, value, above=0, below=1)

@@ -7,6 +7,7 @@ __all__ = ['PROMISES', 'check_regularizer']
 
 # %% ../nbs/contract.ipynb #a9188fe1
 import math, pickle, tempfile, warnings
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pandas as pd, torch
@@ -229,9 +230,9 @@ def _refuses(make, toy, bad=()):
 PROMISES = (_zero_is_off, _loss_is_data, _accumulates, _is_finite, _hooks_go, _lives_with_fastai, _resumes, _composes, _refuses)
 
 def check_regularizer(
-    make, # makes a fresh callback: a `Regularizer` class or a partial of one, takes `lam`, `every`, `layers`
+    make:Callable, # makes a fresh callback: a `Regularizer` class or a partial of one, takes `lam`, `every`, `layers`
     bad:dict|None=None, # option -> a value that the method must refuse
-    points=range(1, 10) # numbers of the promises to test, 1 to 9
+    points:Iterable=range(1, 10) # numbers of the promises to test, 1 to 9
 )->pd.DataFrame: # one row a promise: its text, and 'kept'
     "Test the nine promises of a regularizer; raise an `AssertionError` that lists the broken ones (ours)."
     if isinstance(make, Callback): raise ValueError(f"{make!r} is an instance: give the class, or a partial of it")

@@ -8,6 +8,7 @@ __all__ = ['WEIGHT_TYPES', 'matches', 'select_layers', 'weight_view', 'TrainingC
 
 # %% ../nbs/core.ipynb #94be1dac
 import copy, logging, math
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -28,7 +29,7 @@ WEIGHT_TYPES = (nn.Linear, _ConvNd)
 def matches(
     name:str, # dotted name of the module
     module:nn.Module, # the module
-    layers # a type, a name pattern, a predicate(name, module), or a list of these
+    layers:type|str|Callable|list # a type, a name pattern, a predicate(name, module), or a list of these
 )->bool: # whether `layers` selects this module
     "Apply one selector to one module; a `ValueError` for what is no selector (ours)."
     if isinstance(layers, (list,tuple)): return any(matches(name, module, selector) for selector in layers)
@@ -50,7 +51,7 @@ def _weight_layers(model, types):
 # %% ../nbs/core.ipynb #446a730c
 def select_layers(
     model:nn.Module, # network to search; wrappers of `DataParallel` and `torch.compile` are looked through
-    layers=None, # type, name pattern, predicate(name, module), a list of these, 'hidden', 'output', or None for all
+    layers:type|str|Callable|list|None=None, # type, name pattern, predicate(name, module), a list of these, 'hidden', 'output', or None for all
     types:tuple=WEIGHT_TYPES # module types that qualify where `layers` is not itself a type
 )->dict: # name -> module, in the order of registration, at least one
     "Select layers of `model`, or raise a `ValueError` that lists the layers there are (ours)."
@@ -149,9 +150,9 @@ class Regularizer(TrainingCallback):
     probe_every = 50 # steps from one measurement of the share to the next
 
     def __init__(self,
-        lam=1., # weight >= 0, or a function of progress in [0,1] such as a fastai annealer
+        lam:float|Callable=1., # weight >= 0, or a function of progress in [0,1] such as a fastai annealer
         every:int=1, # optimizer steps from one penalty to the next, >= 1; the penalty is multiplied by it
-        layers=None # see `select_layers`; None for all layers of `self.types`
+        layers:type|str|Callable|list|None=None # see `select_layers`; None for all layers of `self.types`
     ):
         if not callable(lam): number('lam', lam, at_least=0, what="an annealer such as SchedLin(0., 1.), or a number")
         whole('every', every, at_least=1, what="a whole number of steps")
@@ -165,7 +166,7 @@ class Regularizer(TrainingCallback):
 
     # What a method says
     def penalty(self)->Tensor: raise NotImplementedError(f"{type(self).__name__} must define penalty()")
-    def select(self)->dict: return select_layers(self.model, self.layers, self.types)
+    def select(self)->dict: return select_layers(self.model, self.layers, self.types) # name -> module
     def setup(self)->None: pass # called once before the first batch of a fit, `selected` being there
     def state_dict(self)->dict: return dict(steps=self.steps) # what a resumed run must find again
     def load_state_dict(self,
@@ -252,7 +253,7 @@ class Regularizer(TrainingCallback):
         return pd.DataFrame(rows, columns='step epoch lam penalty share'.split()).astype(dict(step=int))
 
     def plot(self,
-        axs=None # two matplotlib axes, made if None
+        axs:Sequence|None=None # two matplotlib axes, made if None
     )->list: # the two axes
         "Plot the penalty and its share of the gradient over epochs."
         df = self.to_frame()
