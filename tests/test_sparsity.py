@@ -12,15 +12,16 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from phantom_nb.core import _n_hooks, check_regularizer
+from phantom_nb.contract import _n_hooks, check_regularizer
 from phantom_nb.data import get_dls
 from phantom_nb.experiments import bench, traces
 from phantom_nb.experiments.runner import Run, load_results
 from phantom_nb.models import create_model
-from phantom_nb.regularizers import sparsity_measure as measure
+from phantom_nb.measures import sparsity as measure
+from phantom_nb.measures.sparsity_monitor import judge_alarm, loss_alarm, overfit_onset, sparsity_alarm
 from phantom_nb.regularizers.sparsity import SparsityMonitor, TargetedSparsity, activation_sparsity, dead_units
-from phantom_nb.regularizers.sparsity import filter_correlation, measure_sparsity, perplexity, sparsity, target_layers
-from phantom_nb.regularizers.sparsity_monitor import judge_alarm, loss_alarm, overfit_onset, sparsity_alarm
+from phantom_nb.regularizers.sparsity import fastest_rising, filter_correlation, measure_sparsity, perplexity, sparsity
+from phantom_nb.regularizers.sparsity import target_layers
 
 matplotlib.use('agg')
 OVER = 'units','samples','positions'
@@ -191,19 +192,85 @@ def test_calls_are_counted_anew_in_each_pass():
     net = create_model('small_cnn', size=8, seed=0)
     assert len(measure_sparsity(net, [randn(2, 1, 8, 8)]*3))==5
 
-def test_functional_activations_have_a_remedy():
-    class Net(nn.Module):
+class Functional(nn.Module):
+    "A network without activation modules"
+    def __init__(self, act=F.relu, norm=True):
+        super().__init__()
+        self.act,self.conv,self.bn,self.fc = act,nn.Conv2d(1, 4, 3),nn.BatchNorm2d(4) if norm else nn.Identity(),nn.Linear(4, 10)
+    def features(self, x): return self.act(self.bn(self.conv(x)))
+    def forward(self, x): return self.fc(self.features(x).mean((2,3)))
+
+@pytest.mark.parametrize('act', [F.relu, torch.relu, F.gelu, F.silu, lambda x: x.relu_()], ids=['relu','torch.relu','gelu','silu','relu_'])
+@pytest.mark.parametrize('norm', [True, False])
+def test_activations_that_are_functions_are_seen(act, norm):
+    net,x = Functional(act, norm),randn(8, 1, 8, 8)
+    df = measure_sparsity(net, [x])
+    with torch.no_grad(): want = activation_sparsity(net.eval().features(x), 'samples')
+    assert len(df)==1 and abs(df.samples.iloc[0]-want) < 1e-5
+    for layers in ('auto','all','early'):
+        learn = learner(TargetedSparsity(layers=layers), SparsityMonitor(), model=Functional(act, norm))
+        learn.fit(1)
+        assert learn.targeted_sparsity.to_frame().share.max()>0 and len(learn.sparsity_monitor.to_frame())==2 and _n_hooks(learn.model)==0
+
+def test_modules_and_functions_give_the_same_penalty_and_gradient():
+    def run(act):
+        learn = learner(TargetedSparsity(1., 'all'), model=Functional(act).requires_grad_())
+        torch.manual_seed(0)
+        for p in learn.model.parameters(): nn.init.normal_(p, std=.3)
+        learn.fit(2)
+        return learn.targeted_sparsity.to_frame().penalty.tolist(),learn.model.conv.weight.detach()
+    (p,w),(q,v) = run(nn.ReLU()),run(F.relu)
+    assert p==q and torch.equal(w, v)
+
+def test_modules_beside_functions_are_all_seen_once():
+    class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv,self.bn = nn.Conv2d(1, 4, 3),nn.BatchNorm2d(4)
-        def forward(self, x): return F.relu(self.bn(self.conv(x))).mean((2,3))
-    net,x = Net(),randn(8, 1, 8, 8)
-    with pytest.raises(ValueError, match='Net has no activation modules.*layers=nn.BatchNorm2d'): measure_sparsity(net, [x])
-    df = measure_sparsity(net, [x], layers=nn.BatchNorm2d, act=torch.relu)
-    assert abs(df.samples.bn-activation_sparsity(net.eval().bn(net.conv(x)).relu(), 'samples')) < 1e-5
-    learn = learner(TargetedSparsity(layers=nn.BatchNorm2d, act=torch.relu), model=nn.Sequential(net, nn.Linear(4, 10)))
-    learn.fit(1)
-    assert learn.targeted_sparsity.to_frame().share.max()>0
+            self.conv,self.relu = nn.Conv2d(1, 4, 3, padding=1),nn.ReLU()
+            self.fc = nn.Linear(4, 4)
+        def forward(self, x): return F.gelu(self.fc(F.relu(self.relu(self.conv(x))+1).mean((2,3))))
+    df = measure_sparsity(Both(), [randn(3, 1, 8, 8)]*2)
+    assert list(df.index)==['relu','relu:2()','gelu'] # the second is the function of the same name
+
+def test_functions_of_the_loss_are_no_layers():
+    net = Functional()
+    learn = learner(TargetedSparsity(layers='all', target=.1), model=net, loss_func=lambda p, y: F.cross_entropy(F.relu(p)-F.relu(-p), y))
+    seen = []
+    learn.fit(1, cbs=Callback(after_pred=lambda cb: seen.extend(learn.targeted_sparsity.outputs)))
+    assert set(seen)=={'relu'}
+
+def test_watching_functions_stops_where_there_are_none():
+    watch = measure.ActivationWatch(create_model('small_cnn', size=8, seed=0))
+    assert watch.watches_functions
+    with watch.watching(lambda *args: None): watch.model(randn(2, 1, 8, 8))
+    assert not watch.watches_functions
+
+def test_what_is_written_by_hand_has_a_remedy_that_fits_the_network():
+    x = randn(8, 1, 8, 8)
+    by_hand = lambda x: x.clamp(min=0)
+    for norm,layers in ((True, 'BatchNorm2d'), (False, 'Conv2d')):
+        net = Functional(by_hand, norm)
+        with pytest.raises(ValueError, match=f'no activation of Functional.*layers=nn.{layers}, act='): measure_sparsity(net, [x])
+        with pytest.raises(ValueError, match=f'layers=nn.{layers}'): learner(TargetedSparsity(), model=net).fit(1)
+        with pytest.raises(ValueError, match=f'layers=nn.{layers}'): learner(SparsityMonitor(), model=net).fit(1)
+        with pytest.raises(ValueError, match=f'layers=nn.{layers}'):
+            with SparsityMonitor().watch(net) as mon: net(x), mon.end_epoch()
+        df = measure_sparsity(net, [x], layers=getattr(nn, layers), act=by_hand)
+        assert abs(df.samples.iloc[0]-activation_sparsity(net.eval().features(x), 'samples')) < 1e-5
+        learn = learner(TargetedSparsity(layers=getattr(nn, layers), act=by_hand), model=net)
+        learn.fit(1)
+        assert learn.targeted_sparsity.to_frame().share.max()>0
+
+def test_wrong_names_of_functions_and_no_batches_are_refused():
+    with pytest.raises(ValueError, match="layers='zz' selects no activation of Functional; there are: relu"):
+        measure_sparsity(Functional(), [randn(2, 1, 8, 8)], layers='zz')
+    with pytest.raises(ValueError, match='batches is empty'): measure_sparsity(Functional(), [])
+
+def test_tokens_behind_a_linear_layer_have_their_channels_last():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    dims = []
+    with measure.ActivationWatch(layer).watching(lambda name, a, dim: dims.append((a.shape[-1], dim))): layer.eval()(randn(2, 5, 8))
+    assert dims==[(16,-1)]
 
 @pytest.mark.parametrize('name,dims', [('vit_tiny_patch16_224',-1), ('resnet18',1), ('mobilenetv3_small_050',1), ('convnext_tiny',-1)])
 def test_channels_of_timms_models(name, dims):
@@ -212,7 +279,7 @@ def test_channels_of_timms_models(name, dims):
     layers = measure.activation_layers(net)
     found = measure.channel_dims(net, layers)
     seen = {}
-    with measure.each_call(net, layers, lambda k, o: seen.setdefault(k, o.shape)): net.eval()(randn(2, 3, 64, 64))
+    with measure.ActivationWatch(net).watching(lambda k, a, dim: seen.setdefault(k, a.shape)): net.eval()(randn(2, 3, 64, 64))
     df = measure_sparsity(net, [randn(2, 3, 64, 64)])
     assert len(df)>=len(layers) and df[['units','samples']].notna().all().all() and set(found.values())=={dims}
     for k,shape in seen.items(): assert dims==1 or name[:3]=='vit' or shape[-1] in {m.out_features for m in net.modules() if isinstance(m, nn.Linear)}
@@ -237,7 +304,7 @@ def test_penalty_is_the_mean_excess_over_the_chosen_layers(over):
     model = create_model('small_cnn', size=8, seed=0)
     cb = TargetedSparsity(1., ['stage2.0.relu','stage3.0.relu'], target=.05, over=over, correlation=.3)
     def look(self, f=cb.penalty):
-        a = {k:v.detach() for k,v in cb._outputs.items()}
+        a = {k:v.detach() for k,(v,dim) in cb.outputs.items()}
         want = np.mean([max(0, activation_sparsity(o, over)-.05)+.3*filter_correlation(o) for o in a.values()])
         r = f()
         seen.append(abs(r.item()-want)<1e-6 and set(a)=={'stage2.0.relu','stage3.0.relu'})
@@ -271,8 +338,7 @@ def test_shared_relu_in_training():
 def test_auto_aims_where_sparsity_rises_fastest():
     cb = TargetedSparsity(0., 'auto', rechoose=2)
     cb.history = dict(a=[.1,.1,.1,.2], b=[.5,.4,.3,.6], c=[.2,.1,.9,.1])
-    from phantom_nb.regularizers.sparsity import _fastest
-    assert _fastest(cb.history, 2)==['b'] and _fastest(cb.history, 3)==['b'] and _fastest(cb.history, 4)==['c']
+    assert [fastest_rising(cb.history, n) for n in (2,3,4)]==[['b'],['b'],['c']]
 
 def test_auto_chooses_every_so_often_and_goes_on_after_loading(tmp_path):
     cb,again = TargetedSparsity(1., 'auto', rechoose=2),TargetedSparsity(1., 'auto', rechoose=2)
@@ -293,10 +359,10 @@ def test_force_stays_with_the_chosen():
     cb = TargetedSparsity(1., 'auto')
     cb.chosen = ['stage1.0.relu']
     net = create_model('small_cnn', size=8, seed=0)
-    cb.selected,cb.dims = target_layers(net),{k:1 for k in target_layers(net)}
-    cb._outputs = {k:torch.rand(4, 3, 2, 2, requires_grad=True) for k in cb.selected}
+    cb.selected,cb._epoch = target_layers(net),[]
+    cb.outputs = {k:(torch.rand(4, 3, 2, 2, requires_grad=True), 1) for k in cb.selected}
     cb.penalty().backward()
-    assert [k for k,a in cb._outputs.items() if a.grad is not None]==['stage1.0.relu']
+    assert [k for k,(a,dim) in cb.outputs.items() if a.grad is not None]==['stage1.0.relu']
 
 def test_accumulation_keeps_one_penalty_a_batch():
     cb = TargetedSparsity(1., 'all')
@@ -359,9 +425,9 @@ def test_monitor_reports_what_the_layers_did():
 def test_a_share_of_the_batches_is_watched():
     calls = []
     class Counting(SparsityMonitor):
-        def _open_hooks(self, model, split):
-            calls.append((self.epoch, self.iter, split))
-            super()._open_hooks(model, split)
+        def open(self):
+            calls.append((self.epoch, self.iter, self._now['split']))
+            super().open()
     learner(Counting(share=.3), n_train=160).fit(2)
     assert [o[:2] for o in calls if o[2]=='train']==[(e,i) for e in (0,1) for i in (1,4,7)] and sum(o[2]=='valid' for o in calls)==2
 
@@ -394,7 +460,7 @@ def test_monitor_lives_with_fastai(tmp_path):
     learn.export('x.pkl')
     loaded = load_learner(tmp_path/'x.pkl')
     x = learn.dls.valid.one_batch()[0]
-    assert torch.equal(loaded.model.eval()(x), learn.model.eval()(x)) and loaded.sparsity_monitor.rows==rows
+    assert torch.equal(loaded.model.eval()(x), learn.model.eval()(x)) and type(loaded.sparsity_monitor) is Callback and mon.rows==rows
     learn.fit(1)
     assert len(mon.losses)==1
     learn.fit(3, start_epoch=1)
@@ -423,7 +489,7 @@ def test_pictures_and_the_lead():
     for i,r in enumerate(mon.rows): r['samples'] = .1
     mon.losses = [dict(epoch=i, train_loss=1., valid_loss=abs(i-20)+1.) for i in range(40)]
     mon.rows = [dict(mon.rows[0], epoch=i, split='train', samples=.1 if i<12 else .3) for i in range(40)]
-    assert mon.warning()==dict(epoch=12, onset=20, lead=8)
+    assert mon.warning()==dict(epoch=12, onset=20, lead=8, judgement='hit')
 
 @pytest.mark.processes
 def test_cost_is_a_few_percent_on_any_machine():
