@@ -22,11 +22,11 @@ from ..core import select_layers
 from .runner import Checkpoint, NoValidation, Run, make_learner, provenance, write_rows
 from ..measures.clustering import cosine_distance_std, silhouette_cosine
 from ..models import create_model
-from ..regularizers.embeddings import ClassQueue
+from ..regularizers.phantom import ClassQueue
 from ..regularizers.hyperspherical import CoMHE, hyperspherical_energy
 from ..regularizers.phantom import phantom_loss
 from ..regularizers.sparsity import SparsityMonitor, TargetedSparsity
-from ..regularizers.sparsity_measure import OVER
+from ..measures.sparsity import OVER
 
 # %% ../../nbs/experiments/bench.ipynb #079ce10f
 def plain_energy(
