@@ -62,8 +62,7 @@ PHANTOM = SCRIPT.replace('n_train=64, n_valid=20, bs=32//world', 'n_train=40, n_
 PHANTOM = PHANTOM.replace("create_model('small_cnn', n_in=1, n_out=10, size=(8,8), seed=0)", "model").replace("MHE(lam, half_space=True)", """PhantomEmbeddings(lam, mode='mix', k=2, queue=2)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 20), torch.nn.ReLU(), torch.nn.Linear(20, 10))""")
-PHANTOM = PHANTOM.replace('from phantom_nb.regularizers.hyperspherical import MHE', """from phantom_nb.regularizers.phantom import PhantomEmbeddings
-from phantom_nb.regularizers.embeddings import gather_batch""")
+PHANTOM = PHANTOM.replace("from phantom_nb.regularizers.hyperspherical import MHE", """from phantom_nb.regularizers.phantom import PhantomEmbeddings, gather_batch""")
 PHANTOM = PHANTOM.replace("state = dict(", """gathered = None
 if world>1:
     torch.distributed.is_initialized() or torch.distributed.init_process_group('gloo')
