@@ -8,7 +8,7 @@ from fastai.basics import Learner
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from phantom_nb.core import check_regularizer
+from phantom_nb.contract import check_regularizer
 from phantom_nb.data import get_dls
 from phantom_nb.experiments.bench import plain_energy
 from phantom_nb.regularizers.hyperspherical import MHE, authors_factors, hyperspherical_energy
