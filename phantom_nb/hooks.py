@@ -50,7 +50,7 @@ def evaluating(
 class Call:
     "What ran, on what, and what came out."
     name:str # dotted name of the module; 'relu:2' for its second call in one forward pass
-    module:nn.Module|None # the module, or the one that calls the function; None outside the network
+    module:nn.Module # the module, or the one that calls the function
     function:str # name of the function, '' for a module
     x:object # first input
     out:object=None # output; None before the call
@@ -83,8 +83,9 @@ def _hook_module(name, module, names, before, after):
 # %% ../nbs/hooks.ipynb #4e983a59
 class _Functions(TorchFunctionMode):
     "Watch calls of some functions"
-    def __init__(self, functions, names, before, after):
+    def __init__(self, network, functions, names, before, after):
         super().__init__()
+        self.network = network
         self.functions = functions
         self.names = names
         self.before = before
@@ -95,8 +96,8 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in self.functions: return func(*args, **kwargs)
         kind = self.functions[func]
-        name,module = self.stack[-1] if self.stack else ('', None)
-        if module is None or next(module.children(), None) is not None: name = f'{name}.{kind}'.lstrip('.')
+        name,module = self.stack[-1] if self.stack else ('', self.network)
+        if next(module.children(), None) is not None or not name: name = f'{name}.{kind}'.lstrip('.')
         call = Call(self.names.next(name), module, kind, _first_input(args, kwargs))
         if self.before: self.before(call)
         call.out = func(*args, **kwargs)
@@ -104,7 +105,8 @@ class _Functions(TorchFunctionMode):
         return call.out
 
     def enter(self, name): return lambda module, args: self.stack.append((name, module))
-    def leave(self, module, args, out): self.stack.pop()
+    def leave(self, module, args, out):
+        if self.stack and self.stack[-1][1] is module: self.stack.pop() # else it was entered before anybody watched
     def reset(self, *_): self.stack.clear() # an exception may have left modules on it
 
 # %% ../nbs/hooks.ipynb #01e94526
@@ -123,7 +125,7 @@ def catch(
         for name,module in (modules or {}).items(): handles += _hook_module(name, module, names, before, after)
         if not functions: yield
         else:
-            watch = _Functions(functions, names, before, after)
+            watch = _Functions(network, functions, names, before, after)
             handles.append(network.register_forward_pre_hook(watch.reset))
             for name,module in network.named_modules():
                 handles.append(module.register_forward_pre_hook(watch.enter(name)))

@@ -1,0 +1,231 @@
+"The same regularizers in other people's loops: the gradients of a Learner, and a network that is left as it was"
+import copy, logging, warnings
+from functools import partial
+
+import pytest, torch
+from fastai.basics import Callback, CancelFitException, Learner, SGD
+from fastai.callback.schedule import SchedLin
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from phantom_nb.core import L2Penalty, Regularizer
+from phantom_nb.data import get_dls
+from phantom_nb.plain import attach
+from phantom_nb.regularizers.hyperspherical import CoMHE, MHE
+from phantom_nb.regularizers.phantom import PhantomEmbeddings
+from phantom_nb.regularizers.sparsity import TargetedSparsity
+
+MAKERS = dict(l2=L2Penalty, mhe=partial(MHE, half_space=True), every=partial(MHE, every=2), random=partial(CoMHE, 'random', k=4, m=2),
+    angle=partial(CoMHE, 'angle', k=4), group=partial(CoMHE, 'group', k=3), phantom=PhantomEmbeddings,
+    mix=partial(PhantomEmbeddings, mode='mix', k=2), sparsity=partial(TargetedSparsity, layers='all'))
+
+class Confidence(Regularizer):
+    "A penalty on the outputs (Pereyra 2017)"
+    def penalty(self):
+        log_p = self.learn.pred.log_softmax(1)
+        return (log_p.exp()*log_p).sum(1).mean()
+
+MAKERS['confidence'] = Confidence
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
+
+def digits(): return get_dls('digits', n_train=64, n_valid=20, bs=32, seed=0, device='cpu')
+def n_hooks(model): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for m in model.modules())
+
+class Gradients(Callback):
+    order = 20
+    def before_step(self):
+        self.grads = [p.grad.clone() for p in self.model.parameters()]
+        raise CancelFitException()
+
+def learner_gradients(*cbs):
+    learn = Learner(digits(), network(), opt_func=SGD, cbs=[*cbs, Gradients()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return learn.gradients.grads
+
+@pytest.fixture(scope='module')
+def batch(): return next(iter(digits().train))
+
+@pytest.mark.parametrize('name', MAKERS)
+def test_gradients_are_those_of_a_learner_bit_for_bit(name, batch):
+    model,(x,y) = network(),batch
+    with attach(model, MAKERS[name](lam=.7)) as penalty: (cross_entropy(model(x), y) + penalty(y)).backward()
+    assert all(torch.equal(p.grad, g) for p,g in zip(model.parameters(), learner_gradients(MAKERS[name](lam=.7)))) and n_hooks(model)==0
+
+def test_several_at_once_are_those_of_a_learner(batch):
+    model,(x,y) = network(),batch
+    with attach(model, *[make(lam=.3) for make in MAKERS.values()]) as penalty: (cross_entropy(model(x), y) + penalty(y)).backward()
+    grads = learner_gradients(*[make(lam=.3) for make in MAKERS.values()])
+    assert all(torch.equal(p.grad, g) for p,g in zip(model.parameters(), grads))
+
+def test_compiled_and_frozen_networks(batch):
+    model,(x,y) = network(),batch
+    model[0].requires_grad_(False)
+    compiled = torch.compile(model, backend='eager')
+    with attach(compiled, MHE(.5)) as penalty: (cross_entropy(compiled(x), y) + penalty(y)).backward()
+    plain = network()
+    plain[0].requires_grad_(False)
+    with attach(plain, MHE(.5)) as penalty: (cross_entropy(plain(x), y) + penalty(y)).backward()
+    for p,q in zip(model.parameters(), plain.parameters()):
+        assert p.grad is None and q.grad is None or torch.allclose(p.grad, q.grad, atol=1e-7)
+
+def test_schedule_every_record_and_accumulation(batch):
+    model,(x,y) = network(),batch
+    cb = L2Penalty(SchedLin(0., 1.), every=2)
+    with attach(model, cb, total=8) as penalty:
+        for i in range(16):
+            loss = cross_entropy(model(x), y)
+            value = penalty(y, loss=loss, update=i%2==1)
+            assert (value.item()==0)==(i//2%2==1 or i<2)
+    df = cb.to_frame()
+    assert df.step.tolist()==[0,0,2,2,4,4,6,6] and df.lam.tolist()==[0,0,.25,.25,.5,.5,.75,.75]
+    assert df.share.notna().any() and df.epoch.between(0, 1).all()
+
+def test_evaluation_and_no_grad_open_nothing(batch):
+    model,(x,y) = network(),batch
+    cb = TargetedSparsity(layers='all')
+    with attach(model, cb) as penalty:
+        before = n_hooks(model)
+        with torch.no_grad(): model(x)
+        model.eval()(x)
+        model.train()
+        assert n_hooks(model)==before
+        model(x)
+        assert n_hooks(model)>before
+        penalty(y)
+        assert n_hooks(model)==before
+
+def test_state_goes_on_and_foreign_state_is_refused(batch):
+    model,(x,y) = network(),batch
+    def make(): return CoMHE('random', .5, k=4, m=2)
+    def values(penalty, n):
+        out = []
+        for _ in range(n):
+            model(x)
+            out.append(penalty(y).item())
+        return out
+    with attach(model, make()) as penalty:
+        first = values(penalty, 3)
+        state = copy.deepcopy(penalty.state_dict())
+        second = values(penalty, 3)
+    with attach(model, make()) as penalty:
+        penalty.load_state_dict(state)
+        assert values(penalty, 3)==second!=first
+        with pytest.raises(ValueError, match="the same regularizers"): penalty.load_state_dict(dict(step=0, regularizers={'0.MHE':{}}))
+
+@pytest.mark.parametrize('wrap', [lambda z: (z, 1), lambda z: [z], lambda z: dict(logits=z)], ids=['tuple','list','dict'])
+def test_outputs_are_understood(wrap, batch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+        def forward(self, x): return wrap(self.net(x))
+    x,y = batch
+    model,plain = Net(),network()
+    with attach(model, Confidence()) as penalty:
+        model(x)
+        a = penalty(y)
+    with attach(plain, Confidence()) as penalty:
+        plain(x)
+        assert penalty(y).item()==a.item()
+
+def test_what_cannot_work_is_refused_with_the_remedy(batch):
+    model,(x,y) = network(),batch
+    with pytest.raises(ValueError, match="no regularizer"): attach(model)
+    with pytest.raises(ValueError, match="give MHE"): attach(model, nn.ReLU())
+    with pytest.raises(ValueError, match="nn.Module"): attach(3, MHE())
+    with pytest.raises(ValueError, match="give total="): attach(model, MHE(SchedLin(0., 1.)))
+    with pytest.raises(ValueError, match="selects no layer"):
+        with attach(model, MHE(layers='zz')): pass
+    assert n_hooks(model)==0
+    penalty = attach(model, MHE())
+    with pytest.raises(ValueError, match="inside `with attach"): penalty(y)
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+        def forward(self, x): return {'scores':self.net(x)}
+    odd = Odd()
+    with attach(odd, Confidence()) as penalty, pytest.raises(ValueError, match="pred="):
+        odd(x)
+        penalty(y)
+    with attach(model, PhantomEmbeddings()) as penalty, pytest.raises(ValueError, match="labels|one class"):
+        model(x)
+        penalty()
+    with attach(model, PhantomEmbeddings()) as penalty, pytest.raises(ValueError, match="forward|applied 0 times"): penalty(y)
+
+
+# Other people's trainers
+
+def reference(batch, *cbs, steps=3):
+    "Weights after some plain SGD steps on one batch"
+    model,(x,y) = network(),batch
+    opt = torch.optim.SGD(model.parameters(), .1)
+    with attach(model, *cbs) as penalty:
+        for _ in range(steps):
+            opt.zero_grad()
+            (cross_entropy(model(x), y) + penalty(y)).backward()
+            opt.step()
+    return list(model.parameters())
+
+def same(a, b): return all(torch.allclose(p, q, atol=1e-6) for p,q in zip(a, b))
+def cbs(): return MHE(.3, half_space=True), PhantomEmbeddings(.3)
+
+def test_lightning(batch):
+    L = pytest.importorskip('lightning.pytorch')
+    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+        def on_fit_start(self): self.penalty = attach(self.net, *cbs()).__enter__()
+        def on_fit_end(self): self.penalty.close()
+        def training_step(self, b, i): return cross_entropy(self.net(b[0]), b[1]) + self.penalty(b[1])
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), .1)
+    module = Module()
+    trainer = L.Trainer(max_steps=3, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        trainer.fit(module, torch.utils.data.DataLoader([tuple(t.as_subclass(torch.Tensor) for t in batch)]*3, batch_size=None))
+    assert same(module.net.parameters(), reference(batch, *cbs())) and n_hooks(module.net)==0
+
+def test_accelerate(batch):
+    accelerate = pytest.importorskip('accelerate')
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = network()
+    model,opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), .1))
+    x,y = batch
+    with attach(model, *cbs()) as penalty:
+        for _ in range(3):
+            opt.zero_grad()
+            accelerator.backward(cross_entropy(model(x), y) + penalty(y))
+            opt.step()
+    assert same(model.parameters(), reference(batch, *cbs()))
+
+def test_hugging_face_trainer(batch, tmp_path):
+    hf = pytest.importorskip('transformers')
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+        def forward(self, pixel_values, labels=None):
+            logits = self.net(pixel_values)
+            return hf.modeling_outputs.ImageClassifierOutput(loss=cross_entropy(logits, labels), logits=logits)
+    class Trainer(hf.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            out = model(**inputs)
+            loss = out.loss + self.penalty(inputs['labels'])
+            return (loss, out) if return_outputs else loss
+    x,y = (t.as_subclass(torch.Tensor) for t in batch)
+    data = [dict(pixel_values=x[i], labels=y[i]) for i in range(len(x))]*3
+    args = hf.TrainingArguments(tmp_path, max_steps=3, per_device_train_batch_size=len(x), learning_rate=.1, optim='sgd', max_grad_norm=0.,
+        lr_scheduler_type='constant', report_to=[], save_strategy='no', use_cpu=True, disable_tqdm=True)
+    model = Net()
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(data)
+    trainer = InOrder(model=model, args=args, train_dataset=data)
+    with attach(model, *cbs()) as trainer.penalty: trainer.train()
+    assert same(model.net.parameters(), reference(batch, *cbs())) and n_hooks(model)==0
