@@ -18,7 +18,8 @@ NUMBERS = 'accuracy loss train_accuracy train_loss penalty share'.split()
 
 def numbers(row): return {k:row.get(k) for k in NUMBERS}
 
-@pytest.mark.parametrize('spec', [*({'method':o} for o in METHODS), dict(augment=True, opt='sgd', schedule='flat_cos'), dict(precision='bf16')], ids=str)
+@pytest.mark.parametrize('spec', [*({'method':o} for o in METHODS), dict(augment=True, opt='sgd', schedule='flat_cos'), dict(precision='bf16', frozen=1, body_lr=.1),
+    dict(method='dropout+comhe_random', settings={'comhe_random.every':2}, schedule='step', augment='crop')], ids=str)
 def test_stopped_after_every_epoch_equals_undisturbed(spec, tmp_path):
     run = replace(QUICK, seed=2, **spec)
     whole = train_run(run)

@@ -7,16 +7,21 @@ import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 
 from phantom_nb import cli
-from phantom_nb.experiments import runner
+from phantom_nb.data import AUGMENTATIONS
+from phantom_nb.experiments import learner, run as run_module
+from phantom_nb.experiments.learner import SCHEDULES, OPTIMIZERS, evaluate, hold_out, make_learner, product_types
 from phantom_nb.experiments.methods import METHODS, make_method
-from phantom_nb.experiments.runner import Run, evaluate, load_results, make_learner, run_many, run_one, save_results, write_atomic
+from phantom_nb.experiments.runner import Run, load_results, run_many, run_one, settle_precision, train_run
+from phantom_nb.experiments.store import save_results, write_atomic
+from phantom_nb.models import MODELS
 
 QUICK = Run(epochs=2, n_train=40)
 
 def test_key_names_the_run_and_nothing_else():
     assert Run(method='mhe').key == Run(method='mhe', settings={'s':2., 'lam':1.}).key == Run(method='mhe', settings=(('lam',1.),)).key
     others = [replace(Run(), **{k:v}) for k,v in dict(data='fashion_mnist', n_train=None, n_valid=10, augment=True, model='wrn', width=2., depth=2.,
-        method='mixup', opt='sgd', lr=.1, schedule='constant', bs=32, epochs=3, seed=1, experiment='x').items()]
+        method='mixup', opt='sgd', lr=.1, schedule='constant', bs=32, epochs=3, seed=1, experiment='x', mom=.8, stop_loss=.1, size=16, padding='reflect',
+        imbalance=10., label_noise=.2, per_class=3, pretrained=True, frozen=1, body_lr=.1, folds=5, test=True, precision='bf16', compile=True).items()]
     assert len({o.key for o in [Run(), *others]}) == len(others)+1
 
 def test_key_is_stable_across_processes():
@@ -25,9 +30,12 @@ def test_key_is_stable_across_processes():
     assert keys == {Run(method='half_mhe', settings=dict(lam=.3)).key+'\n'}
 
 @pytest.mark.parametrize('kw,what', [(dict(data='digit'), "did you mean 'digits'"), (dict(method='droput'), "did you mean 'dropout'"),
-    (dict(model='resnet'), "did you mean 'resnet18'"), (dict(opt='adamw'), "choose from adam, sgd"), (dict(schedule='cosine'), 'one_cycle'),
+    (dict(model='resnet1'), "did you mean 'resnet18'"), (dict(opt='adamw'), "give one of adam, sgd"), (dict(schedule='linear'), 'one_cycle'),
     (dict(epochs=1.5), 'epochs=1.5'), (dict(seed=-1), 'seed=-1'), (dict(n_train=0), 'n_train=0'), (dict(bs=1), 'bs=1'), (dict(lr=0.), 'lr=0.0'),
-    (dict(method='mhe', settings=dict(lamda=1)), "did you mean 'lam'"), (dict(settings=dict(p=.1)), "unknown setting of none 'p'")], ids=str)
+    (dict(method='mhe', settings=dict(lamda=1)), "did you mean 'lam'"), (dict(settings=dict(p=.1)), "setting of none='p'"), (dict(schedule='step:2'), 'step:0.1@0.5,0.75'), (dict(data='./none'), 'no such folder'),
+    (dict(method='none+mhe'), 'leave out none'), (dict(method='mhe+mhe'), 'occurs twice'), (dict(mom=1.), 'mom=1.0'), (dict(folds=1), 'folds=1'),
+    (dict(frozen=60), 'frozen=60'), (dict(label_noise=1.), 'label_noise=1.0'), (dict(imbalance=.5), 'imbalance=0.5'), (dict(test=1), 'test=1'),
+    (dict(model='timm:'), 'give one of')], ids=str)
 def test_wrong_specification_is_refused(kw, what):
     with pytest.raises(ValueError, match=what): Run(**kw)
 
@@ -59,9 +67,9 @@ def test_training_moves_only_with_the_training_data(tmp_path):
     def shuffled(*args, **kwargs):
         data = original(*args, **kwargs)
         return replace(data, y_test=data.y_test.flip(0))
-    original,runner.load_dataset = runner.load_dataset,shuffled
+    original,learner.load_dataset = learner.load_dataset,shuffled
     try: b = run_one(QUICK, tmp_path/'b', threads=1)
-    finally: runner.load_dataset = original
+    finally: learner.load_dataset = original
     assert a['train_loss']==b['train_loss'] and a['accuracy']!=b['accuracy']
 
 def test_evaluate_against_by_hand():
@@ -90,7 +98,7 @@ def test_time_budget_starts_no_further_run(tmp_path):
     assert len(run_many([replace(QUICK, seed=s) for s in range(50)], jobs=1, time_budget=.5, store=tmp_path)) < 50
 
 def test_wrong_engine_and_jobs(tmp_path):
-    with pytest.raises(ValueError, match="unknown engine 'slurm'"): run_many([QUICK], engine='slurm', store=tmp_path)
+    with pytest.raises(ValueError, match="engine='slurm'"): run_many([QUICK], engine='slurm', store=tmp_path)
     with pytest.raises(ValueError, match="jobs=-1"): run_many([QUICK], jobs=-1, store=tmp_path)
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
@@ -141,9 +149,119 @@ def test_two_processes_share_a_folder(tmp_path):
     assert [p.returncode for p in ps]==[0,0], texts
     assert len(load_results(tmp_path/'runs'))==4
 
-@pytest.mark.parametrize('args,what', [(['compare','--data','digitz'], "did you mean 'digits'"), (['compare','--methods','mpu'], 'choose from none'),
-    (['compare','--seeds','0'], 'seeds=0'), (['compare','--n-train','5000'], '5000'), (['bench','speed'], "unknown benchmark 'speed'"),
-    (['data','cifar11'], "did you mean 'cifar10'"), (['data','--download'], 'needs a name'), (['compare','--model','cnn'], "unknown model 'cnn'"),
+def test_names_are_those_of_the_tables():
+    assert set(run_module.MODEL_NAMES)==set(MODELS) and set(run_module.AUGMENT_NAMES)==set(AUGMENTATIONS)
+    assert set(run_module.SCHEDULE_NAMES)=={*SCHEDULES,'step'} and set(run_module.OPTIMIZER_NAMES)==set(OPTIMIZERS)
+
+def test_methods_combine():
+    three = make_method('weight_decay+dropout+half_mhe', **{'half_mhe.lam':3., 'weight_decay.decouple':False})
+    assert (three.wd, three.decouple, three.dropout, [cb.lam for cb in three.cbs])==(.1, False, .5, [3.])
+    learn = make_learner(replace(QUICK, method='weight_decay+dropout+half_mhe', opt='sgd', mom=.5))
+    learn.create_opt()
+    assert learn.wd==.1 and learn.opt.hypers[0]['mom']==.5
+    assert train_run(replace(QUICK, method='label_smoothing+dropout+phantom'))['status']=='done'
+    with pytest.raises(ValueError, match="setting of dropout.mhe='lam'"): Run(method='dropout+mhe', settings=dict(lam=1.))
+
+def test_coupled_decay_is_added_to_the_gradient():
+    "One step of plain SGD: both forms agree; with momentum, only the coupled one is remembered"
+    def after(steps, **kw):
+        learn = make_learner(replace(QUICK, method='weight_decay', opt='sgd', mom=.9, schedule='constant', epochs=steps, n_train=40, bs=64, **kw), device='cpu')
+        learn.fit(steps)
+        return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    a,b = [[after(n, settings=dict(decouple=o)) for n in (1,2)] for o in (True,False)]
+    assert torch.allclose(a[0], b[0], atol=1e-6) and not torch.allclose(a[1], b[1], atol=1e-6)
+
+def test_lazy_penalty_is_reachable_and_named_only_when_asked():
+    assert Run(method='mhe', settings=dict(every=1)).key==Run(method='mhe').key and 'every' not in dict(Run(method='mhe').settings)
+    lazy = Run(method='comhe_random', settings=dict(every=4))
+    assert dict(lazy.settings)['every']==4 and make_method('comhe_random', every=4).cbs[0].every==4 and lazy.key!=Run(method='comhe_random').key
+
+def test_retired_settings_are_read_and_not_made():
+    old = dict(lam=.3, mode='contrast', k=None, alpha=.5, tau=1., weights='mean', detach=False, queue=0)
+    assert Run(method='phantom', settings=old)==Run(method='phantom')
+    assert Run(method='phantom', settings=old | dict(queue=8)).key!=Run(method='phantom').key
+    with pytest.raises(ValueError, match="no setting 'queue' any more"): make_method('phantom', queue=8)
+
+def test_training_stops_at_a_loss(tmp_path):
+    row = run_one(replace(QUICK, epochs=50, n_train=100, stop_loss=.5), tmp_path)
+    assert row['status']=='done' and row['loss_reached'] and 1<row['epochs_run']<50
+    assert not train_run(replace(QUICK, stop_loss=1e-9))['loss_reached']
+
+def test_head_is_trained_alone_at_first():
+    learn = make_learner(replace(QUICK, frozen=1, body_lr=.1, schedule='constant'), device='cpu')
+    before = [p.clone() for p in learn.model.parameters()]
+    seen = []
+    class Look(learner.Callback):
+        def after_epoch(self): seen.append([bool((p!=q).any()) for p,q in zip(self.model.parameters(), before)])
+    learn.fit(2, cbs=Look())
+    moved = sum(seen[0])
+    assert 0<moved<len(before)-2 and sum(seen[1])>moved and [h['lr'] for h in learn.opt.hypers]==[.001,.01]
+
+@pytest.mark.parametrize('model', ['small_cnn','cnn9'])
+def test_products_of_weights_really_are_bf16(model):
+    "fastai's to_bf16 asks for CUDA's autocast, which is off on a CPU"
+    run = replace(QUICK, model=model, data='fashion_mnist' if model=='cnn9' else 'digits')
+    try: learn = make_learner(replace(run, precision='bf16'), device='cpu')
+    except FileNotFoundError: pytest.skip("needs Fashion-MNIST")
+    assert product_types(learn)=={torch.bfloat16} and not torch.is_autocast_enabled('cpu')
+    assert product_types(make_learner(run, device='cpu'))=={torch.float32}
+    assert not learn.model._forward_hooks and not learn.model._forward_pre_hooks
+
+def test_penalties_stay_float32_in_bf16():
+    learn = make_learner(replace(QUICK, precision='bf16', method='half_mhe'), device='cpu')
+    cb = learn.cbs.filter(lambda o: hasattr(o, 'penalty'))[0]
+    types,original = [],cb.penalty
+    def penalty():
+        types.append((torch.is_autocast_enabled('cpu'), (p:=original()).dtype))
+        return p
+    cb.penalty = penalty
+    learn.fit(1)
+    assert set(types)=={(False, torch.float32)}
+
+def test_autocast_is_off_again_after_an_error():
+    learn = make_learner(replace(QUICK, precision='bf16'), device='cpu')
+    def broken(*args): raise RuntimeError('on purpose')
+    list(learn.model.modules())[-1].register_forward_hook(broken)
+    with pytest.raises(RuntimeError, match='on purpose'): learn.fit(1)
+    assert not torch.is_autocast_enabled('cpu')
+
+def test_precision_is_settled_once(tmp_path):
+    runs = [replace(QUICK, precision='auto', seed=s) for s in range(3)]
+    settled = settle_precision(runs, tmp_path)
+    assert len({o.precision for o in settled})==1 and settled[0].precision in ('float32','bf16')
+    note = tmp_path/'.work/precision.jsonl'
+    assert len(note.read_text().splitlines())==1
+    note.write_text(note.read_text().replace(f'"precision": "{settled[0].precision}"', '"precision": "bf16"'))
+    assert {o.precision for o in settle_precision(runs, tmp_path)}=={'bf16'}
+    assert {r for r in run_many(runs, jobs=1, store=tmp_path).precision}=={'bf16'}
+
+def test_folds_hold_out_every_image_once():
+    data = learner.load_dataset('digits')
+    parts = [hold_out(data, 5, seed) for seed in range(5)]
+    assert sum(len(o.x_test) for o in parts)==len(data.x_train)+len(data.x_test)==len(parts[0].x_train)+len(parts[0].x_test)
+    counts = torch.stack([torch.bincount(o.y_test) for o in parts])
+    assert (counts.max(0).values-counts.min(0).values).max()<=1
+    sums = [sorted(o.x_test.flatten(1).float().mul(torch.arange(1, 65)).sum(1).tolist()) for o in parts]
+    assert sorted(sum(sums, []))==sorted(torch.cat([data.x_train, data.x_test]).flatten(1).float().mul(torch.arange(1, 65)).sum(1).tolist())
+    assert not torch.equal(hold_out(data, 5, 5).y_test[:50], parts[0].y_test[:50]) or not torch.equal(hold_out(data, 5, 5).x_test[:50], parts[0].x_test[:50])
+
+def test_fields_of_data_reach_the_loaders():
+    learn = make_learner(replace(QUICK, n_train=None, per_class=4, imbalance=4.), device='cpu')
+    counts = torch.bincount(learn.dls.train.dataset.y)
+    assert counts.max()==4 and counts.min()==1
+    assert make_learner(replace(QUICK, size=16), device='cpu').dls.one_batch()[0].shape[-2:]==(16,16)
+
+@pytest.mark.parametrize('args', [['--help'], ['--version'], ['compare','--data','digitz'], ['compare','--methods','mpu'], ['bench','speed']], ids=str)
+def test_answers_without_pytorch(args):
+    "Help and refusals import nothing heavy (their time: less than half a second on a free machine)"
+    code = f"import sys; from phantom_nb import cli\ntry: cli.main({args})\nexcept SystemExit: pass\nprint(sorted({{'torch','pandas','fastai','matplotlib','scipy','numpy'}} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.stdout.strip().endswith('[]'), out.stdout+out.stderr
+
+@pytest.mark.parametrize('args,what', [(['compare','--data','digitz'], "did you mean 'digits'"), (['compare','--methods','mpu'], 'give one of none'),
+    (['compare','--seeds','0'], 'seeds=0'), (['compare','--n-train','5000'], '5000'), (['bench','speed'], "benchmark='speed'"),
+    (['data','cifar11'], "did you mean 'cifar10'"), (['compare','--time-budget','soon'], 'such as 90s, 30m'), (['sweep','none.toml'], 'does not exist'),
+    (['compare','--model','timm:x','--epochs','0'], 'epochs=0'), (['data','--download'], 'needs a name'), (['compare','--model','cnn'], "model='cnn'"),
     (['compare','--data','cifar10'], 'phantom_nb data cifar10 --download')], ids=str)
 def test_command_line_refuses_with_a_sentence(args, what, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 
 from phantom_nb import cli
-from phantom_nb.experiments import runner
+from phantom_nb.experiments import learner
 from phantom_nb.experiments.methods import METHODS
+from phantom_nb.experiments.methods import search_space
+from phantom_nb.experiments.report import tell_apart
 from phantom_nb.experiments.runner import Run, load_results
 from phantom_nb.experiments.sweep import load_sweep, parse_sweep, run_sweep
-from phantom_nb.experiments.tune import search_space, tune_many, tune_one, with_chosen, with_values
+from phantom_nb.experiments.tune import study_name, tune_many, tune_one, with_chosen, with_values
 
 pytest.importorskip('optuna')
 QUICK = Run(epochs=2, n_train=40)
@@ -24,11 +26,11 @@ def test_grid_of_methods_data_sizes_seeds():
     assert {o.experiment for o in s.runs}=={'x'} and {o.epochs for o in s.runs}=={2}
     assert len(parse_sweep({}).runs)==5*len(METHODS)
 
-@pytest.mark.parametrize('spec,what', [('epoch = 3', "unknown key 'epoch' (did you mean 'epochs'?)"), ('[[runs]]\nn_trian = 3', "did you mean 'n_train'"),
-    ('methods = ["mpu"]', "unknown method 'mpu'"), ('[settings.mhe]\nlamb = 1', "did you mean 'lam'"), ('[settings.mpu]\nlam = 1', "unknown method 'mpu'"),
+@pytest.mark.parametrize('spec,what', [('epoch = 3', "key='epoch' (did you mean 'epochs'?)"), ('[[runs]]\nn_trian = 3', "did you mean 'n_train'"),
+    ('methods = ["mpu"]', "method='mpu'"), ('[settings.mhe]\nlamb = 1', "did you mean 'lam'"), ('[settings.mpu]\nlam = 1', "method='mpu'"),
     ('[tune]\ntrial = 1', "did you mean 'trials'"), ('seeds = 0', 'seeds=0'), ('seeds = true', 'seeds=True'), ('epochs = "ten"', "epochs='ten'"),
-    ('data = ["digits", "mnist"]', "unknown data 'mnist'"), ('epochs = ', 'x.toml'), ('tune = 3', 'tune=3'), ('runs = 3', 'runs=3'), ('settings = 1', 'settings=1'),
-    ('[[runs]]\nexperiment = "a"', "unknown key 'experiment'"), ('[tune]\ntrials = 0', 'trials=0'), ('methods = []', 'methods=[]'), ('seeds = [0.5]', 'seed=0.5'),
+    ('data = ["digits", "mnist"]', "data='mnist'"), ('epochs = ', 'x.toml'), ('tune = 3', 'tune=3'), ('runs = 3', 'runs=3'), ('settings = 1', 'settings=1'),
+    ('trace = "all"', "trace='all'"), ('trace = "means"\n[tune]', 'keeps no traces'), ('[tune]\ntrials = 0', 'trials=0'), ('methods = []', 'methods=[]'), ('seeds = [0.5]', 'seed=0.5'),
     ('[settings.mhe]\nlam = [1, 2]\n[tune]', 'settings.mhe.lam: tuning chooses it'), ('lr = [0.1, 0.2]\n[tune]', 'lr: tuning chooses it'),
     ('[settings]\nmhe = "lam=1"', "settings.mhe='lam=1': write it as a table"),
     ('[settings.phantom]\nlam = -1', 'lam=-1'), ('[settings.phantom]\nmode = ["mix", "mxi"]', "mode='mxi'"), ('[settings.mhe]\nlam = "one"', "lam='one'")], ids=str)
@@ -48,9 +50,9 @@ def test_trials_never_evaluate_the_test_images(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         data = original(*args, **kwargs)
         return replace(data, x_test=data.x_test[:0], y_test=data.y_test[:0])
-    original = runner.load_dataset
+    original = learner.load_dataset
     whole = tune_one(QUICK, tmp_path/'a', trials=2, n_valid=100)
-    monkeypatch.setattr(runner, 'load_dataset', broken)
+    monkeypatch.setattr(learner, 'load_dataset', broken)
     df = tune_one(QUICK, tmp_path/'b', trials=2, n_valid=100)
     assert df.valid_accuracy.tolist()==whole.valid_accuracy.tolist() and not {'accuracy','loss'} & (set(df)|set(whole))
 
@@ -117,7 +119,7 @@ def test_a_grid_of_settings_and_models_is_told_apart(tmp_path, capsys, monkeypat
     with pytest.raises(SystemExit) as e: cli.main(['sweep', 'grid.toml', '--jobs', '1'])
     out = capsys.readouterr()
     assert e.value.code==0, out.err
-    df,over = cli.tell_apart(load_results('sweeps/grid/results.jsonl'))
+    df,over = tell_apart(load_results('sweeps/grid/results.jsonl'))
     assert over==['data','n_train','width'] and set(df.method)=={'none','mhe lam=0.1 s=2.0','mhe lam=1.0 s=2.0'}
     assert 'mhe lam=0.1' in out.out and 'digits, 40, 0.5' in out.out and 'digits, 40, 1' in out.out
 
@@ -130,7 +132,7 @@ def test_sweep_and_results_commands(tmp_path, capsys, monkeypatch):
     def results(*args):
         with pytest.raises(SystemExit) as e: cli.main(['results', 'sweeps/small', *args])
         return e.value.code,capsys.readouterr()
-    for wrong,right in (('--baseline=non',"unknown baseline 'non' (did you mean 'none'?)"), ('--metric=accurac',"did you mean 'accuracy'?")):
+    for wrong,right in (('--baseline=non',"baseline='non' (did you mean 'none'?)"), ('--metric=accurac',"did you mean 'accuracy'?")):
         code,text = results(wrong)
         assert code==2 and right in text.err.replace('\n', ' ')
     code,text = results('--where', 'n_train=40', '--export', 'rows.jsonl', '--plot', 'forest.png')
@@ -160,7 +162,7 @@ def test_examples_of_the_readme_are_sweeps():
 
 def test_what_tuning_chose_does_not_part_a_method_from_its_baseline():
     "Learning rates differ between methods that were tuned; only the networks tell comparisons apart"
-    df,over = cli.tell_apart(load_results(ROOT/'results/sparsity.jsonl'))
+    df,over = tell_apart(load_results(ROOT/'results/sparsity.jsonl'))
     assert over==['data','n_train','model'] and df.groupby(over).method.apply(lambda o: 'none' in set(o)).all()
 
 def test_a_file_that_holds_no_results_is_named(tmp_path):
@@ -174,3 +176,32 @@ def test_settings_that_are_no_numbers_are_told(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr()
     assert e.value.code==0, out.err
     assert 'k=None' in out.out and 'layers=auto' in out.out
+
+def test_specifications_of_the_record_make_the_recorded_runs():
+    "Traces are a kind of sweep: their files give the runs that are recorded; studies keep their names"
+    for name in ('sparsity-warning','sparsity-long'):
+        rows = load_results(ROOT/f'results/{name}.jsonl')
+        assert {run.key for run in load_sweep(ROOT/f'results/{name}.toml').runs}==set(rows.key)
+    for name in ('baselines','comhe','phantom','sparsity'):
+        trials = load_results(ROOT/f'results/{name}-trials.jsonl')
+        found = {study_name(run, part.tune['n_valid'], part.tune['lr']) for part in load_sweep(ROOT/f'results/{name}.toml').parts for run in part.runs}
+        assert found==set(trials.study)
+
+@pytest.mark.parametrize('name', ['lazy','practice'])
+def test_specifications_that_wait_are_sound(name):
+    runs = load_sweep(ROOT/f'results/{name}.toml').runs
+    assert len({run.key for run in runs})==len(runs) and {run.model for run in runs}=={'resnet9'}
+
+def test_a_traced_sweep_keeps_a_number_an_epoch(tmp_path):
+    spec = dict(trace='layers', methods=['none'], seeds=1, epochs=3, n_train=60, n_valid=100)
+    rows,_ = run_sweep(parse_sweep(spec), tmp_path, jobs=1)
+    plain,_ = run_sweep(parse_sweep({k:v for k,v in spec.items() if k!='trace'}), tmp_path/'plain', jobs=1)
+    trace = rows.trace[0]
+    assert len(trace['valid_loss'])==3 and len(trace['by_layer']['samples'])==len(trace['layers'])
+    assert rows.valid_accuracy[0]==plain.valid_accuracy[0] and rows.key[0]==plain.key[0]
+    again,_ = run_sweep(parse_sweep(spec), tmp_path, jobs=1)
+    assert again.date[0]==rows.date[0]
+
+def test_all_images_and_joined_methods_in_a_file():
+    s = parse_sweep(dict(methods='dropout+mhe', seeds=1, n_train=['all',50], settings={'dropout+mhe':{'mhe.lam':[1.,2.]}}))
+    assert [(run.n_train, dict(run.settings)['mhe.lam']) for run in s.runs]==[(None,1.), (None,2.), (50,1.), (50,2.)]

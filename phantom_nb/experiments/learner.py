@@ -155,7 +155,7 @@ def loaders_of(
     "Make the loaders of a run (ours)."
     told = {k:getattr(run, k) for k in ('imbalance','label_noise','per_class','padding')}
     told = {k:v for k,v in told.items() if v!=Run.__dataclass_fields__[k].default}
-    if getattr(model, 'data_config', None): told['model'] = model
+    if getattr(model, 'data_config', None): told['stats'] = model.data_config
     if run.per_class is None: told['n_train'] = run.n_train
     return get_dls(data, n_valid=run.n_valid, bs=run.bs, seed=run.seed, augment=run.augment, device=device,
         channels_last=True, **told)

@@ -12,16 +12,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..checks import number, one_of, share, whole
+from ..data.registry import DATASETS
 from .methods import full_settings, hashed_settings
 
 # %% ../../nbs/experiments/run.ipynb #20455756
-DATA_NAMES = 'digits','fashion_mnist','cifar10','cifar100'
+DATA_NAMES = tuple(DATASETS)
 MODEL_NAMES = 'small_cnn','plain_cnn','cnn9','vgg','wrn','resnet18','resnet9'
-AUGMENT_NAMES = 'auto','none','crop','resized','affine','lighting'
+AUGMENT_NAMES = 'auto','none','crop','resized','full'
 OPTIMIZER_NAMES = 'adam','sgd'
 SCHEDULE_NAMES = 'one_cycle','flat_cos','cosine','step','constant'
 PRECISION_NAMES = 'float32','bf16','auto'
-PADDING_NAMES = 'auto','zeros','reflect','symmetric'
+PADDING_NAMES = 'zeros','symmetric','reflect'
 
 # %% ../../nbs/experiments/run.ipynb #5225ffac
 def check_data(
@@ -77,7 +78,7 @@ class Run:
     mom:float = .9 # momentum of either optimizer, in [0,1)
     stop_loss:float = 0. # mean training loss of an epoch (nats) below which training ends; 0 to train all epochs
     size:int|None = None # side of the images in pixels; None for the data's own
-    padding:str = 'auto' # around images that are cropped: one of `PADDING_NAMES`
+    padding:str = 'zeros' # around images that are cropped: one of `PADDING_NAMES`
     imbalance:float = 1. # images of the largest class to those of the smallest, >= 1
     label_noise:float = 0. # share of training labels replaced by another class, in [0,1)
     per_class:int|None = None # training images a class, in place of n_train

@@ -73,6 +73,7 @@ def runs_of(
     table = {'seeds':5, 'methods':'all', 'settings':{}, 'experiment':experiment, **table}
     seeds,methods,settings = (table.pop(k) for k in ('seeds','methods','settings'))
     seeds,methods = seeds_of(seeds),methods_of(methods)
+    if 'n_train' in table: table['n_train'] = [None if n=='all' else n for n in listed(table['n_train'])] # TOML has no None
     for method,given in settings.items():
         if not isinstance(given, dict): raise ValueError(f"settings.{method}={given!r}: write it as a table, [settings.{method}]")
         full_settings(method, given)
