@@ -7,6 +7,7 @@ __all__ = ['attach']
 
 # %% ../nbs/plain.ipynb #332bf07e
 import math
+from collections.abc import Callable
 
 import torch
 from fastcore.foundation import L
@@ -18,7 +19,7 @@ from .core import Regularizer
 # %% ../nbs/plain.ipynb #e9d092ce
 class _Loop:
     "What a regularizer finds in the place of a `Learner`"
-    opt = loss_func = dls = None # a plain loop keeps these to itself
+    opt = loss_func = dls = again = None # a plain loop keeps these to itself
     training = True
     def __init__(self, model, total):
         self.model = model
@@ -64,11 +65,13 @@ class attach:
         if not regularizers: raise ValueError("no regularizer: attach(model, MHE(.1)), for instance")
         if total is not None: whole('total', total, at_least=1, what="a whole number of optimizer steps")
         for reg in regularizers:
-            if callable(reg.lam) and total is None:
+            if (callable(reg.lam) or reg.ramp) and total is None:
                 raise ValueError(f"{type(reg).__name__} has a schedule for lam: give total=, the optimizer steps of training")
+            if reg.kind=='projection':
+                raise ValueError(f"{type(reg).__name__} acts behind the optimizer's step, which a loop of your own keeps to itself: {reg.by_hand}")
         self.model = model
         self.total = total
-        self.regularizers = regularizers
+        self.regularizers = sorted(regularizers, key=lambda reg: reg.order) # a second pass comes last, as in a `Learner`
         self._loop = None
 
     def __enter__(self): # the context itself, called as `penalty(y)`
@@ -96,7 +99,7 @@ class attach:
             reg.learn = None
         self._loop = None
 
-    def _watching(self): return self.model.training and torch.is_grad_enabled()
+    def _watching(self): return self.model.training and torch.is_grad_enabled() and not self._loop.again
     def _before(self, model, args):
         if not self._watching(): return
         for reg in self.regularizers:
@@ -109,6 +112,7 @@ class attach:
         y:Tensor|None=None, # (B,) labels of the batch, as the methods need them; None where all act on weights
         pred:Tensor|None=None, # (B,C) outputs; None for what the network returned last
         loss:Tensor|None=None, # data loss with its graph: then the share of the gradient is recorded
+        again:Callable|None=None, # function that computes the data loss of this batch once more: a second pass (SAM) needs it
         update:bool=True # False for a micro-batch after which the optimizer does not step
     )->Tensor: # scalar to add to the loss of this batch
         "Compute the sum of all terms lam*penalty for this batch; a `ValueError` says what is missing."
@@ -117,8 +121,14 @@ class attach:
         if pred is not None: loop.answer = pred
         loop.loss = loop.loss_grad = loss
         loop.yb = () if y is None else (y,)
-        terms = [reg.term() for reg in self.regularizers]
-        for reg in self.regularizers: reg.close()
+        second = [type(reg).__name__ for reg in self.regularizers if reg.kind=='second_pass']
+        if second and (loss is None or again is None):
+            raise ValueError(f"{second[0]} takes a second pass: give penalty(y, loss=loss, again=lambda: cross_entropy(model(x), y))")
+        loop.again = again
+        try: terms = [reg.term() for reg in self.regularizers]
+        finally:
+            loop.again = None
+            for reg in self.regularizers: reg.close()
         if update: self._step()
         loop.answer = loop.loss = loop.loss_grad = None
         terms = [term for term in terms if term is not None]
