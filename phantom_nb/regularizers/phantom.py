@@ -173,6 +173,7 @@ def _separate(z, y, draws, n_classes):
     cosines,pairs = pair_cosines(*class_phantoms(z, y, n_classes, **draws))
     return masked_mean(cosines.relu(), pairs)
 
+# %% ../../nbs/regularizers/phantom.ipynb #5e70492e
 def _check_options(mode, alpha, tau):
     "Refuse options that no form knows"
     one_of('mode', mode, MODES)
@@ -199,8 +200,7 @@ def phantom_loss(
     _check_options(mode, alpha, tau)
     if mode=='separate' and detach:
         raise ValueError("detach=True: 'separate' acts on phantoms alone, so nothing would be left; leave it out")
-    if mode=='mix' and head is None:
-        raise ValueError("head=None: 'mix' classifies embeddings, give the head, such as model.fc")
+    if mode=='mix' and head is None: raise ValueError("head=None: 'mix' classifies embeddings, give the head, such as model.fc")
     z,y = check_labels(z, y, n_classes)
     draws = dict(k=k if k is None else whole('k', k), generator=generator, detach=detach, bank=bank)
     with torch.autocast(z.device.type, enabled=False):
@@ -241,6 +241,20 @@ class ClassQueue:
         return self.z[:-1], (place//self.size).where(filled, -1)
 
 # %% ../../nbs/regularizers/phantom.ipynb #39f09d24
+class _Gather(torch.autograd.Function):
+    "Rows of all processes, of equal number; the gradient of a process's own rows is summed over the processes"
+    @staticmethod
+    def forward(ctx, z):
+        parts = [torch.empty_like(z) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, z.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        distributed.all_reduce(gradient)
+        return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
+
 def gather_batch(
     z:Tensor, # (B,D) embeddings of this process
     y:Tensor # (B,) classes, or (B,C) shares
@@ -254,7 +268,7 @@ def gather_batch(
     y = F.pad(y, (0,missing), value=-1) if y.ndim==1 else F.pad(y, (0,0,0,missing))
     labels = [torch.empty_like(y) for _ in sizes]
     distributed.all_gather(labels, y.contiguous())
-    return torch.cat(distributed.nn.functional.all_gather(z)), torch.cat(labels)
+    return _Gather.apply(z), torch.cat(labels)
 
 # %% ../../nbs/regularizers/phantom.ipynb #fe5f71c0
 class PhantomEmbeddings(Regularizer):
