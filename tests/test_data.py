@@ -2,7 +2,6 @@
 import copy, gzip, multiprocessing, os, pickle, random, struct, warnings
 os.environ.setdefault('MPLBACKEND', 'agg')
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pytest, torch, torchvision
@@ -19,9 +18,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-import phantom_nb.data as D
-from phantom_nb.data import (Augment, DATASETS, ImageData, ImageDL, ImageLoaders, ImageSet, available, balanced_subset,
-    channel_stats, get_dls, load_dataset, read_idx)
+import phantom_nb.data.images as images, phantom_nb.data.readers as readers
+from phantom_nb.data import (Augment, BatchTransforms, DATASETS, ImageData, ImageDL, ImageLoaders, ImageSet, available, balanced_subset,
+    channel_stats, find_images, get_dls, load_dataset, long_tail, make_augment, noisy_labels, read_idx, read_image, resized_crop_mat,
+    split_pool)
 
 SCANS = load_digits().images
 
@@ -32,7 +32,7 @@ def isolated(tmp_path_factory, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(home/'cache'))
     monkeypatch.setenv('TORCH_HOME', str(home/'torch'))
     monkeypatch.delenv('PHANTOM_NB_DATA', raising=False)
-    monkeypatch.setattr(D, '_system', str(home/'system'))
+    monkeypatch.setattr(readers, 'SYSTEM_FOLDER', str(home/'system'))
     return home
 
 @pytest.fixture(scope='module')
@@ -121,8 +121,9 @@ def test_only_matching_images_and_labels_make_a_data_set():
     x, y = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 10
     assert len(ImageData.create('digits', (x,y), (x,y), 'made up').x_test) == 20
     for bad, says in (((x[1:],y), '19 test images but 20 labels'), ((x[:9],y[:9]), 'no test image of 9'),
-        ((x,y+1), 'no test image of 0'), ((x,torch.where(y > 8, 10*(y//9), y)), 'no test image of 9'),
-        ((torch.cat([x,x]),torch.arange(40) % 20), 'label 19 is out of range')):
+        ((x,y+1), 'label 10 is out of range'), ((x,torch.where(y > 8, 10*(y//9), y)), 'label 10 is out of range'),
+        ((x,y-1), 'label -1 is out of range'),
+        ((torch.cat([x,x]),torch.arange(40) % 20), 'label 10 is out of range')):
         with pytest.raises(ValueError, match=says): ImageData.create('digits', (x,y), bad, 'made up')
 
 # --- image-folder trees
@@ -207,7 +208,7 @@ def test_several_processes_load_at_once(tmp_path):
     start, out = ctx.Barrier(4), ctx.Queue()
     def child():
         start.wait(30)
-        out.put([x.numpy().tobytes() for x, _ in D._tree('cifar10', tmp_path).load()])
+        out.put([x.numpy().tobytes() for x, _ in readers.find_tree('cifar10', tmp_path).load()])
     ps = [ctx.Process(target=child) for _ in range(4)]
     for p in ps: p.start()
     got = [out.get(timeout=30) for _ in ps]
@@ -221,7 +222,7 @@ def test_several_processes_load_at_once(tmp_path):
     (lambda d: (d/'test').rename(d/'validation'), 'no class folders'),
     (lambda d: [f.unlink() for f in (d/'test'/'frog').iterdir()], 'no test image of frog'),
     (lambda d: Image.fromarray(scan(0, 31)).save(d/'train'/'cat'/'1.png'), 'mixed size'),
-    (lambda d: (d/'train'/'cat'/'1.png').write_bytes(b'\x89PNG junk'), 'not a readable image'),
+    (lambda d: (d/'train'/'cat'/'1.png').write_bytes(b'\x89PNG junk'), '1 of 20 files.*1.png is not a readable image'),
     (lambda d: (d/'train'/'cat'/'1.png').write_bytes((d/'train'/'cat'/'1.png').read_bytes()[:-60]), 'not a readable image'),
     (lambda d: [f.unlink() for f in d.glob('test/*/*')], 'no .png or .jpg files')])
 def test_damaged_trees_are_refused(tmp_path, harm, says):
@@ -266,7 +267,7 @@ def test_read_idx_against_torchvision(tmp_path):
     want = read_image_file(str(tmp_path/'train-images-idx3-ubyte'))
     for ext in ('', '.gz'):
         assert torch.equal(read_idx(tmp_path/f'train-images-idx3-ubyte{ext}'), want)
-        assert read_idx(str(tmp_path/f'train-images-idx3-ubyte{ext}'), header=True) == want.shape
+        assert readers.idx_length(tmp_path/f'train-images-idx3-ubyte{ext}') == len(want)
         labels = read_idx(tmp_path/f't10k-labels-idx1-ubyte{ext}')
         assert torch.equal(labels.long(), read_label_file(str(tmp_path/'t10k-labels-idx1-ubyte')))
 
@@ -302,16 +303,17 @@ def test_damaged_idx_is_refused(tmp_path, harm, says):
 def make_pickles(root, name, n=20):
     "CIFAR as torchvision keeps it; returns the training images (N,3,32,32)"
     spec, rng, xs = DATASETS[name], np.random.default_rng(0), []
-    (root/spec.tv_dir).mkdir(parents=True)
+    reader = getattr(torchvision.datasets, spec.torchvision)
+    (root/spec.torchvision_dir).mkdir(parents=True)
     c = len(spec.classes)
-    for f, _ in spec.tv.train_list + spec.tv.test_list:
+    for f, _ in reader.train_list + reader.test_list:
         x = rng.integers(0, 256, (max(n, c), 3072), dtype='uint8')
         labels = [(i*3) % c for i in range(len(x))]
         key = 'labels' if name == 'cifar10' else 'fine_labels'
-        (root/spec.tv_dir/f).write_bytes(pickle.dumps({'data': x, key: labels}))
+        (root/spec.torchvision_dir/f).write_bytes(pickle.dumps({'data': x, key: labels}))
         if f not in ('test', 'test_batch'): xs.append(x)
-    meta = {spec.tv.meta['key']: spec.classes}
-    (root/spec.tv_dir/spec.tv.meta['filename']).write_bytes(pickle.dumps(meta))
+    meta = {reader.meta['key']: spec.classes}
+    (root/spec.torchvision_dir/reader.meta['filename']).write_bytes(pickle.dumps(meta))
     return np.concatenate(xs).reshape(-1, 3, 32, 32)
 
 @pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
@@ -319,7 +321,7 @@ def test_pickles(tmp_path, monkeypatch, name):
     monkeypatch.setattr(torchvision.datasets.cifar, 'check_integrity', lambda *a: True)
     x = make_pickles(tmp_path, name)
     d = load_dataset(name, tmp_path)
-    assert (d.x_train.numpy() == x).all() and d.source == f"torchvision {DATASETS[name].tv.__name__}"
+    assert (d.x_train.numpy() == x).all() and d.source == f"torchvision {name.upper()}"
     assert d.y_train[:4].tolist() == [0, 3, 6, 9]
     assert torchvision.datasets.__dict__[name.upper()](tmp_path).classes == d.classes
     assert (torchvision.datasets.__dict__[name.upper()](tmp_path).data == x.transpose(0,2,3,1)).all()
@@ -335,7 +337,7 @@ def test_damaged_pickles_are_refused(tmp_path):
 
 def test_order_of_search(tmp_path, monkeypatch, isolated):
     "Each place is used when those before it have nothing"
-    places = [tmp_path/'root', tmp_path/'env', Path(D._system), isolated/'torch'/'datasets']
+    places = [tmp_path/'root', tmp_path/'env', Path(readers.SYSTEM_FOLDER), isolated/'torch'/'datasets']
     for i, p in enumerate(places): make_idx(p/'fashion-mnist', n=30 + 10*i)
     monkeypatch.setenv('PHANTOM_NB_DATA', str(tmp_path/'env'))
     for i, p in enumerate(places):
@@ -346,13 +348,13 @@ def test_order_of_search(tmp_path, monkeypatch, isolated):
     with pytest.raises(FileNotFoundError): load_dataset('fashion_mnist', tmp_path/'root')
 
 def test_system_files_are_named_in_full(): # the one path that is the same on every machine
-    make_idx(Path(D._system)/'fashion-mnist')
-    assert load_dataset('fashion_mnist').source == f"idx files under {D._system}/fashion-mnist"
+    make_idx(Path(readers.SYSTEM_FOLDER)/'fashion-mnist')
+    assert load_dataset('fashion_mnist').source == f"idx files under {readers.SYSTEM_FOLDER}/fashion-mnist"
 
 def test_missing_says_where_and_how(tmp_path, monkeypatch, isolated):
     monkeypatch.setenv('PHANTOM_NB_DATA', str(tmp_path/'env'))
     with pytest.raises(FileNotFoundError) as e: load_dataset('fashion_mnist', tmp_path)
-    for s in (tmp_path, tmp_path/'env', D._system, isolated/'torch'/'datasets', 'no such folder', 'fashion-mnist',
+    for s in (tmp_path, tmp_path/'env', readers.SYSTEM_FOLDER, isolated/'torch'/'datasets', 'no such folder', 'fashion-mnist',
         'phantom_nb data fashion_mnist --download', '--root', '$PHANTOM_NB_DATA', 'dataset-fashion-mnist'):
         assert str(s) in str(e.value)
     with pytest.raises(FileNotFoundError) as e: load_dataset('cifar10')
@@ -361,9 +363,9 @@ def test_missing_says_where_and_how(tmp_path, monkeypatch, isolated):
 def test_wrong_root_and_wrong_name(tmp_path):
     for f in (load_dataset, get_dls):
         with pytest.raises(FileNotFoundError, match='nowhere'): f('cifar10', root=tmp_path/'nowhere')
-        with pytest.raises(ValueError, match="did you mean 'cifar100'.*digits, fashion_mnist, cifar10, cifar100"): f('CIFAR-100')
-        with pytest.raises(ValueError, match='The names are'): f('imagenet')
-    with pytest.raises(ValueError, match='The names are'): get_dls(3)
+        with pytest.raises(ValueError, match="did you mean 'cifar100'.*digits, fashion_mnist, cifar10, cifar100, or a folder"): f('CIFAR-100')
+        with pytest.raises(ValueError, match='give one of digits'): f('imagenet')
+    with pytest.raises(ValueError, match='give one of digits'): get_dls(3)
     with pytest.raises(FileNotFoundError): available(tmp_path/'nowhere')
 
 def test_available_decodes_nothing(tmp_path, monkeypatch):
@@ -383,7 +385,7 @@ def test_download_is_all_or_nothing(tmp_path, monkeypatch, isolated):
             if Path(self.root, self.base_folder).exists(): return
             make_pickles(Path(self.root), 'cifar10')
             if self.broken: raise OSError('the line is dead')
-    monkeypatch.setitem(D.DATASETS, 'cifar10', replace(DATASETS['cifar10'], tv=Fake))
+    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', Fake)
     monkeypatch.setattr(torchvision.datasets.cifar, 'check_integrity', lambda *a: True)
     with pytest.raises(ConnectionError, match='(?s)the line is dead.*Two ways'): load_dataset('cifar10', download=True)
     assert list((isolated/'torch'/'datasets').iterdir()) == []
@@ -411,7 +413,7 @@ def test_balanced_subset(y, seed, data):
     assert torch.equal(balanced_subset(y, n, seed), idx)
     assert torch.equal(balanced_subset(y, high, seed)[:n], idx)
     for bad in (low-1, high+1):
-        with pytest.raises(ValueError, match=f'{low} .*{high}'): balanced_subset(y, bad, seed)
+        with pytest.raises(ValueError, match=rf'\[{low}, {high}\]'): balanced_subset(y, bad, seed)
 
 def test_recorded_results_keep_their_subsets(digits):
     "A change of these numbers changes what every recorded run was trained on"
@@ -440,8 +442,8 @@ def test_splits(y, seed, data):
     c, full = len(cnt), int(len(cnt)*cnt.min())
     n_valid = data.draw(st.integers(c, full-c)) if full >= 2*c else 0
     n_train = data.draw(st.integers(c, full-n_valid))
-    tr, va = D._splits(y, n_train, n_valid, seed)
-    rest, va2 = D._splits(y, None, n_valid, seed)
+    tr, va = split_pool(y, n_train, n_valid, seed)
+    rest, va2 = split_pool(y, None, n_valid, seed)
     assert len(tr) == n_train and len(va) == n_valid and torch.equal(va, va2)
     assert not set(tr.tolist()) & set(va.tolist())
     assert sorted(rest.tolist() + va.tolist()) == list(range(len(y)))
@@ -449,7 +451,7 @@ def test_splits(y, seed, data):
     if n_valid:
         got = y[va].bincount(minlength=c)
         assert got.max() - got.min() <= 1
-    with pytest.raises(ValueError, match=f'n_train={full-n_valid+1} .* {full-n_valid} '): D._splits(y, full-n_valid+1, n_valid, seed)
+    with pytest.raises(ValueError, match=rf'n_train={full-n_valid+1}: .* {full-n_valid}\]'): split_pool(y, full-n_valid+1, n_valid, seed)
 
 @pytest.mark.parametrize('n_train, n_valid, want', [(None, None, (900,100)), (200, None, (200,100)), (950, None, (950,50)),
     (1000, None, (1000,0)), (None, 0, (1000,0)), (995, None, (995,0)), (10, 990, (10,990)), (None, 500, (500,500))])

@@ -6,7 +6,7 @@
 __all__ = ['PADDINGS', 'AUGMENTATIONS', 'Augment', 'resized_crop_mat', 'ResizedCrop', 'BatchTransforms', 'make_augment']
 
 # %% ../../nbs/data/augment.ipynb #50e6ad66
-import math
+import copy, math
 import numpy as np, torch
 import torchvision.transforms.v2.functional as TVF
 from collections.abc import Sequence
@@ -85,7 +85,8 @@ class BatchTransforms:
     def __init__(self,
         transforms:Sequence[Transform], # fastai's batch transforms, such as `Flip`, `Rotate`, `Brightness`
     ):
-        self.transforms = Pipeline(setup_aug_tfms(list(transforms)), split_idx=0)
+        copies = copy.deepcopy(list(transforms)) # `setup_aug_tfms` merges affine transforms into the first of them
+        self.transforms = Pipeline(setup_aug_tfms(copies), split_idx=0)
 
     def __call__(self,
         x:Tensor, # (B,C,H,W) float images in [0,1]

@@ -165,7 +165,8 @@ def _check_splits(name, spec, splits, source, strict):
         missing = [c for i,c in enumerate(spec.classes) if not (y == i).any()]
         some = ', '.join(missing[:5]) + ', …'*(len(missing) > 5)
         if len(x) != len(y): raise ValueError(f"{name} ({source}): {len(x)} {split} images but {len(y)} labels")
-        if len(y) and y.max() >= len(spec.classes): raise ValueError(f"{name} ({source}): label {y.max()} is out of range")
+        odd = y[(y < 0) | (y >= len(spec.classes))]
+        if len(odd): raise ValueError(f"{name} ({source}): label {odd[0]} is out of range")
         if missing and (strict or split == 'train'): raise ValueError(f"{name} ({source}): no {split} image of {some}")
         if missing: warnings.warn(f"{name}: no {split} image of {some}, so results say nothing about that")
     shapes = {split: tuple(x.shape[1:]) for split,(x,_) in splits.items() if len(x)}

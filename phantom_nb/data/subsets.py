@@ -27,8 +27,7 @@ def balanced_queue(
 
 def _checked_size(what, n, low, high):
     "Return `n` if it is a whole number in [low, high]"
-    return whole(what, n, at_least=low, at_most=high,
-        what=f"a whole number from {low} (the number of classes) to {high} (the largest here),")
+    return whole(what, n, at_least=low, at_most=high, what='a whole number, from one image a class to the most there is,')
 
 def balanced_subset(
     y:Tensor, # (N,) labels
@@ -48,7 +47,7 @@ def _first_of_each(order, y, k):
     "The first `k` images of each class in a queue"
     rank = _rank_in_class(y[order])
     most = int(rank.max())+1
-    return order[rank < whole('per_class', k, at_most=most, what=f"a whole number up to {most}, the images of the largest class,")]
+    return order[rank < whole('per_class', k, at_most=most, what='a whole number, up to the images of the largest class,')]
 
 def split_pool(
     y:Tensor, # (N,) labels of the pool
