@@ -70,7 +70,7 @@ def read_weights(
         state = load_file(path)
     else:
         try: state = torch.load(path, map_location='cpu', weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
             raise ValueError(f"weights={str(path)!r} holds more than weights, or is damaged. "
                 f"Save it with torch.save(model.state_dict(), path). ({str(e).splitlines()[0]})") from e
     for key in ('state_dict', 'model_state_dict', 'model'):

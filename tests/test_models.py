@@ -5,12 +5,12 @@ import pytest, torch, torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from phantom_nb.models import MODELS, PreActBlock, cnn9, create_model, model_stats, resnet18, small_cnn, vgg, wrn
+from phantom_nb.models import MODELS, PreActBlock, Residual, cnn9, create_model, model_stats, resnet18, resnet9, small_cnn, vgg, wrn
 
 NAMES = list(MODELS)
-READS = dict(small_cnn={8,16,28,32,48}, plain_cnn={8,16,28,32,48}, cnn9={32}, vgg={16,28,32,48}, wrn={8,16,28,32,48}, resnet18={8,16,28,32,48})
+READS = dict(small_cnn={8,16,28,32,48}, plain_cnn={8,16,28,32,48}, resnet9={8,16,28,32,48}, cnn9={32}, vgg={16,28,32,48}, wrn={8,16,28,32,48}, resnet18={8,16,28,32,48})
 # thin copies of the slow networks, where only structure matters
-THIN = dict(small_cnn={}, plain_cnn={}, cnn9=dict(width=.125), vgg=dict(width=.125), wrn=dict(width=.25), resnet18={})
+THIN = dict(small_cnn={}, plain_cnn={}, resnet9=dict(width=.25), cnn9=dict(width=.125), vgg=dict(width=.125), wrn=dict(width=.25), resnet18={})
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -25,6 +25,8 @@ def n_params(build, *args, **kwargs):
 @pytest.mark.parametrize('build,kw,n', [
     (resnet18, {}, 11_173_962),                          # the count quoted for ResNet-18 on CIFAR-10
     (resnet18, dict(n_out=100), 11_220_132),
+    (resnet9, {}, 1_646_122),                            # 1.65 million at width 32
+    (resnet9, dict(width=64), 6_573_130),                # Page's 6.57 million, and the classifier's bias
     (wrn, dict(blocks=4, widen=10), 36_479_194),         # Zagoruyko & Komodakis: 36.5M
     (wrn, dict(blocks=2, widen=8), 10_961_370),          # 11.0M
     (wrn, dict(blocks=6, widen=4), 8_949_210),           # 8.9M
@@ -139,7 +141,7 @@ def test_rng_is_given_back_after_an_error():
     with pytest.raises(ValueError): create_model('small_cnn', dropout=3., seed=0)
     assert torch.equal(torch.get_rng_state(), state)
 
-@pytest.mark.parametrize('name', [n for n in NAMES if n!='resnet18'])
+@pytest.mark.parametrize('name', [n for n in NAMES if n not in ('resnet18','resnet9')])
 def test_factors(name):
     base = n_params(create_model, name, 3)
     assert 2<n_params(create_model, name, 3, width=1.5)/base<2.4           # about 1.5 squared
@@ -176,24 +178,24 @@ def test_identity_block():
     assert PreActBlock(4, 6, stride=2)(images(2, 4, 7)).shape==(2,6,4,4)
 
 @pytest.mark.parametrize('kw,say', [
-    (dict(name='vgg16'), "unknown model 'vgg16': use one of small_cnn, plain_cnn, cnn9, vgg, wrn, resnet18"),
-    (dict(name='resnet18', width=2.), 'no option width=2.0: the networks that have it are small_cnn, plain_cnn, cnn9, vgg, wrn'),
+    (dict(name='vgg16'), "unknown model 'vgg16': use one of small_cnn, plain_cnn, resnet9, cnn9, vgg, wrn, resnet18, timm:NAME or torchvision:NAME"),
+    (dict(name='resnet18', width=2.), 'no option width=2.0: the networks that have it are small_cnn, plain_cnn, resnet9, cnn9, vgg, wrn'),
     (dict(name='resnet18', depth=.5), 'resnet18 has no option depth=0.5'),
-    (dict(name='vgg', bn=True), 'vgg has no option bn=True: the networks that have it are small_cnn, plain_cnn, cnn9'),
+    (dict(name='vgg', bn=True), 'vgg has no option bn=True: the networks that have it are small_cnn, cnn9'),
     (dict(name='small_cnn', widen=2), 'the networks that have it are wrn'),
     (dict(name='vgg', colour=1), 'its options are n_in, n_out, size, width, depth, dropout'),
     (dict(name='cnn9', size=28), 'cnn9 reads 32×32 images, not 28×28: pad or resize them to 32×32, or use small_cnn'),
     (dict(name='cnn9', size=(32,36)), 'not 32×36'),
     (dict(name='vgg', size=8), 'vgg reads images of 16×16 or more, not 8×8'),
     (dict(name='small_cnn', size=2), 'resize them to 4×4'),
-    (dict(name='vgg', size='32'), "size='32': use a whole number of pixels, or a pair"),
-    (dict(name='vgg', size=(32,)), 'use a whole number of pixels'),
+    (dict(name='vgg', size='32'), "size='32': give a whole number of pixels, or a pair"),
+    (dict(name='vgg', size=(32,)), 'give a whole number of pixels'),
     (dict(name='vgg', size=-32), 'size=-32'),
-    (dict(name='wrn', n_out=0), 'n_out=0: use a whole number of at least 1'),
+    (dict(name='wrn', n_out=0), 'n_out=0: give a whole number >= 1'),
     (dict(name='wrn', n_in=1.5), 'n_in=1.5'),
     (dict(name='wrn', blocks=0), 'blocks=0'),
     (dict(name='wrn', widen=-1), 'widen=-1'),
-    (dict(name='vgg', width=0), 'width=0: use a number above 0'),
+    (dict(name='vgg', width=0), 'width=0: give a number > 0'),
     (dict(name='vgg', depth=float('nan')), 'depth=nan'),
     (dict(name='vgg', dropout=1.5), 'dropout'),
 ])
@@ -210,3 +212,23 @@ def test_model_stats():
     assert model_stats(net, x)==dict(parameters=70_618, layers=6, macs=macs)
     assert net.training and all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
     assert model_stats(net.eval(), x[:1])['macs']==macs and not net.training
+
+# --- ResNet-9
+
+def test_resnet9_is_pages_graph():
+    net = resnet9()
+    kinds = [type(m).__name__ for m in net.modules() if not list(m.children()) and not isinstance(m, nn.Dropout)]
+    block = ['Conv2d','BatchNorm2d','ReLU']
+    assert kinds==block*2 + ['MaxPool2d'] + block*3 + ['MaxPool2d'] + block + ['MaxPool2d'] + block*2 + ['AdaptiveMaxPool2d','Flatten','Linear'] \
+        or sorted(kinds)==sorted(block*8 + ['MaxPool2d']*3 + ['AdaptiveMaxPool2d','Flatten','Linear'])
+    assert [m.out_channels for m in convs(net)]==[32, 64, 64, 64, 128, 256, 256, 256]
+    assert sum(isinstance(m, Residual) for m in net.modules())==2
+
+def test_resnet9_has_a_width_in_channels_and_a_factor_in_create_model():
+    assert convs(create_model('resnet9', 3, width=.5))[0].out_channels==16==convs(resnet9(width=16))[0].out_channels
+    with pytest.raises(ValueError, match='width=0'): resnet9(width=0)
+    with pytest.raises(ValueError, match='no option depth'): create_model('resnet9', depth=2)
+
+def test_residual_adds():
+    block,x = Residual(4).eval(),images(2, 4, 6)
+    assert torch.equal(block(x), x + block.block2(block.block1(x)))
