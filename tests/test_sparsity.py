@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib, numpy as np, pytest, timm, torch, torchvision
-from fastai.basics import Callback, Learner, load_learner, noop
+from fastai.basics import Callback, CancelFitException, Learner, load_learner, noop
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
@@ -17,6 +17,7 @@ from phantom_nb.data import get_dls
 from phantom_nb.experiments import bench, traces
 from phantom_nb.experiments.runner import Run, load_results
 from phantom_nb.models import create_model
+from phantom_nb.plain import attach
 from phantom_nb.measures import sparsity as measure
 from phantom_nb.measures.sparsity_monitor import judge_alarm, loss_alarm, overfit_onset, sparsity_alarm
 from phantom_nb.regularizers.sparsity import SparsityMonitor, TargetedSparsity, activation_sparsity, dead_units
@@ -238,6 +239,34 @@ def test_functions_of_the_loss_are_no_layers():
     seen = []
     learn.fit(1, cbs=Callback(after_pred=lambda cb: seen.extend(learn.targeted_sparsity.outputs)))
     assert set(seen)=={'relu'}
+
+@pytest.mark.parametrize('act', [F.relu, nn.ReLU()], ids=['function','module'])
+def test_a_loop_of_ones_own_gives_the_same_gradients(act):
+    "Also where the loss itself calls F.relu"
+    def loss(p, y): return F.cross_entropy(F.relu(p)-F.relu(-p), y)
+    def grads(plain):
+        torch.manual_seed(0)
+        net,reg = Functional(act),TargetedSparsity(1., 'all', target=.1)
+        x,y = randn(16, 1, 8, 8),torch.arange(16)%10
+        if plain:
+            with attach(net, reg) as penalty: (loss(net(x), y)+penalty(y)).backward()
+        else:
+            learn = learner(reg, model=net, loss_func=loss)
+            stop = Callback(before_step=lambda cb: (_ for _ in ()).throw(CancelFitException()))
+            learn.fit(1, cbs=[Callback(before_batch=lambda cb: (setattr(cb.learn, 'xb', (x,)), setattr(cb.learn, 'yb', (y,)))), stop])
+        assert _n_hooks(net)==0
+        return [p.grad.clone() for p in net.parameters()]
+    assert all(map(torch.equal, grads(True), grads(False)))
+
+def test_auto_in_a_loop_of_ones_own_is_told_when_an_epoch_ends():
+    net,reg = create_model('small_cnn', size=8, seed=0),TargetedSparsity(1., 'auto', rechoose=2)
+    with attach(net, reg) as penalty:
+        for _ in range(2):
+            for i in range(3):
+                net(randn(8, 1, 8, 8, seed=i))
+                penalty(torch.arange(8)).backward()
+            reg.end_epoch()
+    assert len(reg.chosen)==2 and {len(v) for v in reg.history.values()}=={2} and _n_hooks(net)==0
 
 def test_watching_functions_stops_where_there_are_none():
     watch = measure.ActivationWatch(create_model('small_cnn', size=8, seed=0))

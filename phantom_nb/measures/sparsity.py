@@ -273,14 +273,20 @@ class ActivationWatch:
     @contextmanager
     def _watching_functions(self, see):
         "Call `see` at every activation function that is no part of an activation module"
-        own,ran = set(self.modules.values()),[]
+        own,ran,over = set(self.modules.values()),[],[]
         def function_ran(call):
+            if over: return # the pass is over: this one belongs to the loss or to a penalty
             if call.function in _WEIGHTED.values(): ran.append(call.function)
-            elif call.module is None or call.module in own or call.out.ndim<2: return
-            else: self._see_function(call, see, -1 if ran[-1:]==['linear'] else 1)
+            elif call.module not in own and call.out.ndim>1: self._see_function(call, see, -1 if ran[-1:]==['linear'] else 1)
         if not self.watches_functions: yield
         else:
-            with catch(self.model, functions=FUNCTIONS | _WEIGHTED, after=function_ran): yield
+            network = unwrap(self.model)
+            handles = [network.register_forward_pre_hook(lambda *_: over.clear()),
+                network.register_forward_hook(lambda *_: over.append(True))]
+            try:
+                with catch(self.model, functions=FUNCTIONS | _WEIGHTED, after=function_ran): yield
+            finally:
+                for handle in handles: handle.remove()
             if ran and self.modules and not self.functions: self.watches_functions = False # it has none: save the time
 
     def _see_function(self, call, see, dim):

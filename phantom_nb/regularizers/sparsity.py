@@ -143,6 +143,10 @@ class TargetedSparsity(Regularizer):
     # Every epoch
     def after_train(self):
         super().after_train()
+        self.end_epoch()
+
+    def end_epoch(self):
+        "Close an epoch: 'auto' chooses again if it is time. Call it yourself in a loop of your own."
         if self.layers!='auto' or not self._epoch: return
         for name,s in zip(self._names, torch.stack(self._epoch).mean(0).tolist()): self.history.setdefault(name, []).append(s)
         self._epoch = []
@@ -151,7 +155,7 @@ class TargetedSparsity(Regularizer):
 
     # What is saved
     def state_dict(self)->dict: # steps, and for 'auto' the layers aimed at and their history
-        # the lists themselves, not copies: what `after_train` adds to them is in the state of the last step, too
+        # the lists themselves, not copies: what `end_epoch` adds to them is in the state of the last step, too
         own = dict(chosen=self.chosen, history=self.history) if self.layers=='auto' else {}
         return super().state_dict() | own
 
