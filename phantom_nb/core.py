@@ -371,12 +371,13 @@ class SecondPass(Regularizer):
         changes = [b-a for a,b in zip(self._here, there)]
         return scalar_with_gradients(loss-self.learn.loss.detach(), changes, self._weights)
 
-    def chosen(self,
-        weights:list # parameters
-    )->list: # whether each may be displaced: all, or those of `layers`
-        if self.layers is None: return [True]*len(weights)
+    def only_chosen(self,
+        weights:list, # parameters
+        gradients:list # a tensor for each
+    )->list: # the gradients, zero for weights outside `layers`, which are not displaced
+        if self.layers is None: return gradients
         ids = {id(p) for module in self.selected.values() for p in module.parameters()}
-        return [id(p) in ids for p in weights]
+        return [g if id(w) in ids else torch.zeros_like(g) for w,g in zip(weights, gradients)]
 
     def after_loss(self):
         source = getattr(self.learn.loss.grad_fn, 'next_functions', ((None, 0),))[0][0] # fastai: loss = loss_grad.clone()
