@@ -199,6 +199,10 @@ class Regularizer(TrainingCallback):
         loss_func = getattr(self.learn, 'loss_func', None) or F.cross_entropy
         return loss_func(pred, *self.learn.yb)
 
+    def loss_scale(self)->float: # what half precision multiplies the loss by, 1 elsewhere
+        scaler = getattr(self.learn, 'scaler', None)
+        return scaler.get_scale() if scaler else 1.
+
     def is_due(self)->bool: return self.steps % self.every == 0 # whether this step has a penalty
 
     def term(self)->Tensor|None: # scalar, lam*every*penalty with gradient; None on steps without a penalty
@@ -397,9 +401,8 @@ class SecondPass(Regularizer):
         return added/(added+data)
 
     def _gradients(self, loss, weights, **options):
-        "Gradients, through the scale of a gradient scaler where there is one: half precision would lose small ones"
-        scaler = getattr(self.learn, 'scaler', None)
-        scale = scaler.get_scale() if scaler else 1.
+        "Gradients, of the scaled loss on the way: half precision would lose small ones"
+        scale = self.loss_scale()
         with torch.enable_grad(): scaled = loss if scale==1 else loss*scale
         gradients = torch.autograd.grad(scaled, weights, **options)
         return gradients if scale==1 else [g if g is None else g/scale for g in gradients]
