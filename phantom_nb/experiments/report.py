@@ -9,6 +9,7 @@ __all__ = ['BETTER', 'WORSE', 'NEITHER', 'COLOURS', 'LEGEND', 'FRONT', 'house_st
            'run_title', 'write_report', 'show_comparison', 'front_figure']
 
 # %% ../../nbs/experiments/report.ipynb #3f71e30a
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -68,7 +69,7 @@ def span(
 
 def each_comparison(
     table:pd.DataFrame # as `comparison` or `comparisons` gives
-): # generator of (name of the setting, table of `comparison`)
+)->Generator: # (name of the setting, table of `comparison`)
     "Go through the comparisons of a table, one by one (ours)."
     over = list(range(table.index.nlevels-1))
     if not over:
@@ -172,10 +173,10 @@ BETTER,WORSE,NEITHER = '#0072B2','#D55E00','#888888' # told apart by colour-blin
 COLOURS = dict(better=BETTER, worse=WORSE)
 
 def forest(
-    ax, # matplotlib axes
+    ax:plt.Axes, # what to draw on
     table:pd.DataFrame, # as `comparison` gives
-    columns, # names of the mean, the low and the high end
-    rows, # height of each method
+    columns:Sequence, # names of the mean, the low and the high end
+    rows:Sequence, # height of each method
     colour:str|None=None # of all; None for the colours of the verdicts and a line at zero
 )->None:
     "Draw means with their intervals, a row a method (Lewis and Clarke 2001)."
@@ -210,7 +211,7 @@ def _verdict_legend(fig, said, **kwargs):
 def plot_comparison(
     table:pd.DataFrame, # as `comparison` gives
     title:str='', # what was compared
-    axs=None # two matplotlib axes, made (with a legend) if None
+    axs:Sequence|None=None # two matplotlib axes, made (with a legend) if None
 )->list: # the two axes
     "Draw levels and paired differences with their intervals (a forest plot)."
     labels,inches,lines = _labels(table.index)
@@ -262,7 +263,7 @@ def plot_comparisons(
 # %% ../../nbs/experiments/report.ipynb #c1221c32
 def filter_rows(
     df:pd.DataFrame, # rows
-    where # conditions 'column=value'; None for none
+    where:Iterable|None # conditions 'column=value'; None for none
 )->pd.DataFrame: # the rows that meet all of them
     "Filter runs; an unknown column or a condition without '=' raises a `ValueError`."
     for condition in where or []:
@@ -318,7 +319,7 @@ def direction_words(
 def show_results(
     df:pd.DataFrame, # rows of `load_results`
     console:Console, # where to print
-    over=None, # columns that tell comparisons apart; None for data, n_train and what `tell_apart` finds
+    over:Iterable|None=None, # columns that tell comparisons apart; None for data, n_train and what `tell_apart` finds
     metric:str='accuracy', # column compared
     baseline:str='none', # method that the others are compared with
     higher_is_better:bool|None=None, # None asks `lower_is_better`
@@ -335,8 +336,8 @@ def show_results(
     return table
 
 def save_figure(
-    axs, # axes, or an array of axes, of one figure
-    path # file (.png, .svg, .pdf)
+    axs:Sequence|plt.Axes, # axes, or an array of axes, of one figure
+    path:str|Path # file (.png, .svg, .pdf)
 )->None:
     "Write the figure of some axes into a file and close it (ours)."
     fig = np.ravel(axs)[0].figure
@@ -352,7 +353,7 @@ def run_title(
 
 def write_report(
     df:pd.DataFrame, # rows of a comparison
-    folder, # where to leave results.csv and comparison.png
+    folder:str|Path, # where to leave results.csv and comparison.png
     run:Run # any run of the comparison, for the title
 )->pd.DataFrame|None: # the table of `comparison`, None if no run is finished
     "Write the rows as CSV and the comparison as PNG, and return its table."
@@ -366,7 +367,7 @@ def write_report(
 
 def show_comparison(
     runs:list, # the comparison's `Run`s
-    out, # its folder
+    out:str|Path, # its folder
     console:Console # where to print
 )->None:
     "Print and save what is recorded of a comparison."
@@ -389,9 +390,9 @@ def show_comparison(
 FRONT = {'compare-digits-200':'digits, 200 training images', 'compare-fashion_mnist-1000':'Fashion-MNIST, 1,000 training images'}
 
 def front_figure(
-    folder, # where results/*.jsonl are
-    path=None, # file to write (.png); None for none
-    methods=None # methods to show; None for those that all files have
+    folder:str|Path, # where results/*.jsonl are
+    path:str|Path|None=None, # file to write (.png); None for none
+    methods:Iterable|None=None # methods to show; None for those that all files have
 )->np.ndarray: # the axes, two a row
     "Draw the recorded comparisons of digits and Fashion-MNIST for the front page (forest plots)."
     found = {title:load_results(Path(folder)/f'{name}.jsonl') for name,title in FRONT.items()}

@@ -8,6 +8,7 @@ __all__ = ['FEWEST', 'FEWEST_BOOTSTRAP', 'LOWER_IS_BETTER', 'NO_DIFFERENCE', 'DI
            'comparisons', 'Claim', 'answer', 'differences', 'claims']
 
 # %% ../../nbs/experiments/stats.ipynb #642b99f9
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,7 +32,7 @@ def _has_spread(x):
     return len(x)>=FEWEST and not np.allclose(x, x[0], rtol=1e-9, atol=1e-12)
 
 def mean_interval(
-    x, # (n,) values; NaN is left out
+    x:Sequence, # (n,) values; NaN is left out
     level:float=.95, # coverage in (0,1)
     method:str='t', # 't', or 'bootstrap' for 20 values or more
     n_resamples:int=9999, # samples that the bootstrap draws, >= 1
@@ -73,7 +74,7 @@ def paired_difference(
 
 # %% ../../nbs/experiments/stats.ipynb #10e095d1
 def effect_size(
-    d # (n,) paired differences; NaN is left out
+    d:Sequence # (n,) paired differences; NaN is left out
 )->float: # g, without bound, 0 for no effect; NaN for fewer than three values, or values all equal
     "Compute the standardised paired difference, corrected for few values (Hedges 1981, eq. 3; g_z: Lakens 2013)."
     d = _finite(d)
@@ -84,7 +85,7 @@ def effect_size(
 
 # %% ../../nbs/experiments/stats.ipynb #93015f7f
 def holm(
-    p # (m,) p-values in [0,1]; NaN for a test that was not made
+    p:Sequence # (m,) p-values in [0,1]; NaN for a test that was not made
 )->np.ndarray: # (m,) adjusted p-values in [0,1]; NaN stays and is not counted
     "Adjust p-values for their number, controlling the chance of any false rejection (Holm 1979, eq. 4)."
     p = np.asarray(p, dtype=float)
@@ -186,7 +187,8 @@ def comparison(
     reference = runs[baseline].set_index('seed')[metric].astype(float) if baseline in runs else None
     rows = {}
     for name in df[by].unique():
-        rows[name] = _summary(runs.get(name, df[:0]), None if name==baseline else reference, metric, level)
+        compared_with = None if name==baseline else reference
+        rows[name] = _summary(runs.get(name, df[:0]), compared_with, metric, level)
     table = pd.DataFrame.from_dict(rows, orient='index').rename_axis(by)
     table['left_out'] = df.groupby(by).size()-table.runs
     table = _judged(table, level, power, higher_is_better).sort_values(metric, ascending=not higher_is_better)
@@ -205,7 +207,7 @@ def _columns(df, over):
 
 def comparisons(
     df:pd.DataFrame, # one row a run, as for `comparison`
-    over=('data','n_train'), # columns that tell the comparisons apart
+    over:str|Iterable=('data','n_train'), # columns that tell the comparisons apart
     **kwargs # options of `comparison`
 )->pd.DataFrame: # its rows, indexed by the values of `over` and the method
     "Make one comparison for every setting, Holm's correction within each; a missing column raises a `ValueError`."
@@ -223,7 +225,7 @@ def comparisons(
 @dataclass(frozen=True)
 class Claim:
     "What is claimed of the mean of some values, one a seed; a bound below 0 for 'within' and unknown words raise a `ValueError`."
-    values:object # (n,) values or paired differences, one a seed or independent run; one number if `p` is given
+    values:Sequence|float # (n,) values or paired differences, one a seed or independent run; one number if `p` is given
     kind:str = 'above' # 'above', 'below' or 'within'
     bound:float = 0. # in the values' unit; 'within' means between -bound and bound
     p:float|None = None # two-sided p-value in [0,1] of another test; None for Student's
@@ -235,18 +237,18 @@ class Claim:
         if self.p is not None: number('p', self.p, at_least=0, at_most=1)
 
     @property
-    def words(self):
+    def words(self)->str:
         "The claim as text: '> 0', '< 0.5', 'within 1'"
-        return {'above':'> ', 'below':'< ', 'within':'within '}[self.kind] + f'{self.bound:g}'
+        return dict(above='> ', below='< ', within='within ')[self.kind] + f'{self.bound:g}'
 
-    def one_sided(self, bound):
+    def one_sided(self, bound:float)->tuple:
         "p-values of 'the mean is above the bound' and of 'it is below'"
         x = _finite(self.values)
         if not _has_spread(x): return np.nan, np.nan
         t = (x.mean()-bound)/stats.sem(x)
         return stats.t.sf(t, len(x)-1), stats.t.cdf(t, len(x)-1)
 
-    def decide(self):
+    def decide(self)->tuple:
         "What the values say if anything ('yes' or 'no'), and the p-value of saying so"
         mean = np.mean(_finite(self.values))
         if self.kind=='within':
@@ -263,7 +265,7 @@ class Claim:
 def answer(
     asked:dict, # claim in words (or a tuple of words) -> `Claim`, or (n,) values of which is claimed that they are above 0
     level:float=.95, # coverage of an interval, and of all answers together, in (0,1)
-    names=('claim',) # names of the index levels
+    names:Sequence=('claim',) # names of the index levels
 )->pd.DataFrame: # a row a claim: claimed, estimate, low, high, n, p, p_holm, answer ('yes', 'no' or 'unclear')
     """Answer claims together, at one error rate for all (Student 1908, Holm 1979, Schuirmann 1987); no claims raise a `ValueError`.
 
@@ -298,7 +300,7 @@ def differences(
     a:str, # a value of `by`
     b:str, # the one that it is compared with
     metric:str='accuracy', # column compared
-    over=('data','n_train'), # columns that tell the settings apart
+    over:str|Iterable=('data','n_train'), # columns that tell the settings apart
     by:str='method', # column that names what is compared
     pool:bool=False # average over the settings, seed by seed
 )->pd.DataFrame|pd.Series: # a-b: a row a seed and a column a setting; pooled, one value a seed that has all settings
@@ -317,8 +319,8 @@ def differences(
 
 def claims(
     df:pd.DataFrame, # one row a run, as for `comparisons`
-    pairs, # (a, b) each: the claim that method `a` is better than `b`
-    over=('data','n_train'), # columns that tell the settings apart
+    pairs:Iterable, # (a, b) each: the claim that method `a` is better than `b`
+    over:str|Iterable=('data','n_train'), # columns that tell the settings apart
     level:float=.95, # coverage of an interval, and of all answers together, in (0,1)
     metric:str='accuracy', # column compared
     by:str='method', # column that names what is compared
@@ -332,6 +334,6 @@ def claims(
     for a,b in pairs:
         d = differences(df, a, b, metric, over, by, pool)
         settings = {():d} if pool else d
-        for setting,values in settings.items(): asked[(f'{a} > {b}', *setting)] = Claim(values, kind)
+        for setting,values in settings.items(): asked[(f'{a} > {b}', *setting) if setting else f'{a} > {b}'] = Claim(values, kind)
     table = answer(asked, level, ['claim'] if pool else ['claim', *over])
     return table.drop(columns='claimed').rename(columns=dict(estimate='diff', low='diff_low', high='diff_high', n='pairs'))
