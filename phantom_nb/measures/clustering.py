@@ -24,6 +24,7 @@ def _exact(f):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False): return f(x, *args, **kwargs)
     return exact
 
+# %% ../../nbs/measures/clustering.ipynb #e64b8708
 def _as_tensor(values): return values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
 
 def _matrix(x):
@@ -41,11 +42,13 @@ def _codes(labels, x, what='labels'):
     if labels.is_floating_point(): raise ValueError(f"{what} are {labels.dtype}: give whole numbers, one a class")
     return labels.unique(return_inverse=True)
 
+
+
+# %% ../../nbs/measures/clustering.ipynb #01d5cd58
 def _finite(values):
     if values.isfinite().all(): return values
     raise ValueError("activations hold NaN or infinite values: has training diverged, or 16-bit arithmetic overflowed?")
 
-# %% ../../nbs/measures/clustering.ipynb #01d5cd58
 _BLOCK = 2**20 # numbers in a block
 
 class _Rows:
@@ -195,7 +198,10 @@ def _mean_std(n, total, squares):
     mean = total/n
     return mean,(squares/n-mean.square()).clamp_min(0).sqrt()
 
+# %% ../../nbs/measures/clustering.ipynb #39ef683a
 def _alive(x): return x.amax(0)>=0 # units (U,) that reach zero somewhere
+
+
 
 # %% ../../nbs/measures/clustering.ipynb #dd6e1985
 def _hierarchy(x, superclass, subclass):
@@ -331,6 +337,7 @@ def subclass_silhouette(
     "Measure c2: how well layers set subclasses apart; `ValueError` for a broken hierarchy (Carbonnelle 2021)."
     return _pool('c2', [layer_silhouette(a, superclass, subclass) for a in _layers(acts).values()], k)
 
+# %% ../../nbs/measures/clustering.ipynb #150c014a
 def variance_ratio(
     acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
     y:Tensor, # (N,) class of each sample, whole numbers
@@ -377,8 +384,8 @@ def interpolation_drop(
     s,c,of = _hierarchy(x.flatten(1), superclass, subclass)
     columns = _codes(superclass, x.flatten(1))[0].tolist()
     outputs = _probabilities(predict, x[:2]).shape[1]
-    if min(columns)<0 or max(columns)>=outputs:
-        raise ValueError(f"superclasses {columns}, {outputs} outputs: give column numbers")
+    wrong = min(columns)<0 or max(columns)>=outputs
+    if wrong: raise ValueError(f"superclasses {columns}, {outputs} outputs: give column numbers")
     def shuffled(i): return i[torch.randperm(len(i), generator=generator).to(i.device)]
     ratios = []
     for k,sup in enumerate(of.tolist()):
