@@ -163,7 +163,8 @@ def _hooks_go(make, toy):
     learn = toy(cb)
     n = _n_hooks(learn.model)
     learn.fit(1)
-    assert cb.records and (cb.kind=='projection' or cb.records[0][4]>0), "penalty() carries no gradient: is something detached?"
+    has_force = cb.records and (cb.kind=='projection' or cb.records[0][4]>0)
+    assert has_force, "penalty() carries no gradient: is something detached?"
     assert _n_hooks(learn.model)==n, "hooks are left after a fit"
     for event in _EVENTS:
         for error,order in ((RuntimeError, -100), (KeyboardInterrupt, 100)):

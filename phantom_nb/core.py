@@ -54,7 +54,7 @@ def _weight_layers(model, types):
 # %% ../nbs/core.ipynb #446a730c
 def select_layers(
     model:nn.Module, # network to search; wrappers of `DataParallel` and `torch.compile` are looked through
-    layers:type|str|Callable|list|None=None, # type, name pattern, predicate(name, module), a list of these, 'hidden', 'output', or None for all
+    layers:type|str|Callable|list|None=None, # type, pattern, predicate(name, module), list of these, 'hidden', 'output'
     types:tuple=WEIGHT_TYPES # module types that qualify where `layers` is not itself a type
 )->dict: # name -> module, in the order of registration, at least one
     "Select layers of `model`, or raise a `ValueError` that lists the layers there are (ours)."

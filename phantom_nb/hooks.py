@@ -118,7 +118,7 @@ def catch(
     before:Callable|None=None, # called with a `Call` ahead of each, its `out` still None
     after:Callable|None=None # called with a `Call` behind each
 ):
-    "Call `before` and `after` around modules and functions of a network, gradient attached; hooks go on leaving (ours)."
+    "Call `before` and `after` around modules and functions of a network, gradient attached; hooks go (ours)."
     network,names,handles = unwrap(model),_Names(),[]
     try:
         handles.append(network.register_forward_pre_hook(names.reset))

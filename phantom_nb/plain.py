@@ -61,17 +61,20 @@ class attach:
     ):
         if not isinstance(model, nn.Module): raise ValueError(f"model={type(model).__name__}: give an nn.Module")
         for reg in regularizers:
-            if not isinstance(reg, Regularizer): raise ValueError(f"{reg!r} is no Regularizer: give MHE(.1) and the like")
+            if isinstance(reg, Regularizer): continue
+            raise ValueError(f"{reg!r} is no Regularizer: give MHE(.1) and the like")
         if not regularizers: raise ValueError("no regularizer: attach(model, MHE(.1)), for instance")
         if total is not None: whole('total', total, at_least=1, what="a whole number of optimizer steps")
         for reg in regularizers:
+            name = type(reg).__name__
             if (callable(reg.lam) or reg.ramp) and total is None:
-                raise ValueError(f"{type(reg).__name__} has a schedule for lam: give total=, the optimizer steps of training")
-            if reg.kind=='projection':
-                raise ValueError(f"{type(reg).__name__} acts behind the optimizer's step, which a loop of your own keeps to itself: {reg.by_hand}")
+                raise ValueError(f"{name} has a schedule for lam: give total=, the optimizer steps of training")
+            if reg.kind=='projection': # a loop keeps its optimizer to itself
+                raise ValueError(f"{name} acts behind the optimizer's step: {reg.by_hand}")
         self.model = model
         self.total = total
-        self.regularizers = sorted(regularizers, key=lambda reg: reg.order) # a second pass comes last, as in a `Learner`
+        # A second pass comes last, as in a `Learner`
+        self.regularizers = sorted(regularizers, key=lambda reg: reg.order)
         self._loop = None
 
     def __enter__(self): # the context itself, called as `penalty(y)`
@@ -112,18 +115,19 @@ class attach:
         y:Tensor|None=None, # (B,) labels of the batch, as the methods need them; None where all act on weights
         pred:Tensor|None=None, # (B,C) outputs; None for what the network returned last
         loss:Tensor|None=None, # data loss with its graph: then the share of the gradient is recorded
-        again:Callable|None=None, # function that computes the data loss of this batch once more: a second pass (SAM) needs it
+        again:Callable|None=None, # computes the data loss of this batch once more, for a second pass (SAM)
         update:bool=True # False for a micro-batch after which the optimizer does not step
     )->Tensor: # scalar to add to the loss of this batch
         "Compute the sum of all terms lam*penalty for this batch; a `ValueError` says what is missing."
-        if self._loop is None: raise ValueError("the regularizers are not attached: call penalty inside `with attach(...)`")
+        if self._loop is None: raise ValueError("nothing is attached: call penalty inside `with attach(...)`")
         loop = self._loop
         if pred is not None: loop.answer = pred
         loop.loss = loop.loss_grad = loss
         loop.yb = () if y is None else (y,)
         second = [type(reg).__name__ for reg in self.regularizers if reg.kind=='second_pass']
         if second and (loss is None or again is None):
-            raise ValueError(f"{second[0]} takes a second pass: give penalty(y, loss=loss, again=lambda: cross_entropy(model(x), y))")
+            example = "penalty(y, loss=loss, again=lambda: cross_entropy(model(x), y))"
+            raise ValueError(f"{second[0]} takes a second pass: give {example}")
         loop.again = again
         try: terms = [reg.term() for reg in self.regularizers]
         finally:
