@@ -12,7 +12,7 @@ __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', '
            'show_version', 'common', 'main']
 
 # %% ../nbs/cli.ipynb #3b88872f
-import math, os, re, sys
+import os, re, sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from . import __version__
-from .checks import number, one_of, whole
+from .checks import one_of, whole
 from .experiments.methods import METHODS, method_parts
 from .experiments.run import DATA_NAMES, MODEL_NAMES, Run, check_data, check_model
 
@@ -125,7 +125,7 @@ class Watch:
         self.step(f"tuned {row.method} on {row.data} {row.n_train}", found)
 
 # %% ../nbs/cli.ipynb #379c466c
-def shared_fields(data, n_train, model, pretrained, augment, size, lr, precision):
+def shared_fields(data, model, pretrained, augment, size, lr, precision):
     "Fields of `Run` that all runs of a comparison share, checked"
     folder = check_data(data) not in DATA_NAMES
     check_model(model)
@@ -137,6 +137,7 @@ def shared_fields(data, n_train, model, pretrained, augment, size, lr, precision
     if folder: told['size'] = size or 128
     return told
 
+# %% ../nbs/cli.ipynb #81940c36
 @app.command()
 def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds:Seeds=None, epochs:Epochs=None,
     model:Model='small_cnn', pretrained:Pretrained=False, augment:Augment='', size:Size=None, lr:Lr=None,
@@ -145,13 +146,13 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     chosen = [name.strip() for name in methods.split(',')] if methods else None
     for name in chosen or []: method_parts(name)
     if seeds is not None: whole('seeds', seeds, 1, what="a whole number (5 or more for useful intervals)")
-    budget,fields = seconds_of(time_budget),shared_fields(data, n_train, model, pretrained, augment, size, lr, precision)
+    budget,fields = seconds_of(time_budget),shared_fields(data, model, pretrained, augment, size, lr, precision)
     if epochs is not None: whole('epochs', epochs, 1)
     Run(**{**fields, 'frozen':0})
     from phantom_nb.experiments import plan, runner
     from phantom_nb.experiments.report import show_comparison
     console,advice = wide_console(),None
-    if budget is None: runs = plan.comparison_runs(data, n_train, chosen, seeds or 5, epochs, **fields)
+    if budget is None: runs = plan.comparison_runs(n_train=n_train, methods=chosen, seeds=seeds or 5, epochs=epochs, **fields)
     else: runs,advice = planned(plan, console, fields, n_train, budget, chosen, seeds, epochs, out, root, jobs)
     out = out or compare_folder(data, runs[0].n_train)
     runner.make_learner(runs[0], root)
@@ -167,6 +168,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     if code: console.print("Stopped. The same command goes on from here.")
     raise typer.Exit(code)
 
+# %% ../nbs/cli.ipynb #66a98f97
 def compare_folder(data, n_train): return Path('compare')/f"{Path(data).expanduser().resolve().name if '/' in data else data}-{n_train or 'all'}"
 
 def planned(plan, console, fields, n_train, budget, methods, seeds, epochs, out, root, jobs):

@@ -197,10 +197,10 @@ def test_head_is_trained_alone_at_first():
     moved = sum(seen[0])
     assert 0<moved<len(before)-2 and sum(seen[1])>moved and [h['lr'] for h in learn.opt.hypers]==[.001,.01]
 
-@pytest.mark.parametrize('model', ['small_cnn','cnn9'])
+@pytest.mark.parametrize('model', ['small_cnn','resnet9'])
 def test_products_of_weights_really_are_bf16(model):
     "fastai's to_bf16 asks for CUDA's autocast, which is off on a CPU"
-    run = replace(QUICK, model=model, data='fashion_mnist' if model=='cnn9' else 'digits')
+    run = replace(QUICK, model=model, data='fashion_mnist' if model=='resnet9' else 'digits')
     try: learn = make_learner(replace(run, precision='bf16'), device='cpu')
     except FileNotFoundError: pytest.skip("needs Fashion-MNIST")
     assert product_types(learn)=={torch.bfloat16} and not torch.is_autocast_enabled('cpu')

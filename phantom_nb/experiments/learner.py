@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'REMEDY_FILE', 'REMEDY_DATA', 'schedule_of', 'Bfloat16', 'product_types', 'NoValidation',
            'StopAtLoss', 'FreezeFirst', 'load_data', 'hold_out', 'loaders_of', 'make_learner', 'optimizer_of',
-           'callbacks_of', 'ScaledSchedule', 'head_apart', 'step_seconds', 'faster_precision', 'evaluate', 'judge',
-           'measure_learner', 'commit', 'provenance', 'open_learner', 'shape_words', 'outputs_for', 'loaders_for']
+           'callbacks_of', 'ScaledSchedule', 'step_seconds', 'faster_precision', 'evaluate', 'judge', 'measure_learner',
+           'commit', 'provenance', 'open_learner', 'shape_words', 'outputs_for', 'loaders_for']
 
 # %% ../../nbs/experiments/learner.ipynb #136af0cb
 import math, platform, statistics, subprocess, time, warnings
@@ -33,6 +33,7 @@ from .methods import Pieces, make_method
 from .run import Run, step_points
 from ..measures.embeddings import embedding_metrics, watch_head
 from ..models import create_model
+from ..pretrained import param_groups
 
 # %% ../../nbs/experiments/learner.ipynb #bdd3848a
 SCHEDULES = dict(one_cycle=combined_cos(.25, 1/25, 1, 1e-5), flat_cos=combined_cos(.75, 1, 1, 1e-5), cosine=SchedCos(1, 0),
@@ -160,6 +161,7 @@ def loaders_of(
     return get_dls(data, n_valid=run.n_valid, bs=run.bs, seed=run.seed, augment=run.augment, device=device,
         channels_last=True, **told)
 
+# %% ../../nbs/experiments/learner.ipynb #820beba3
 def make_learner(
     run:Run, # what to train
     root=None, # folder to look for the data first
@@ -174,13 +176,14 @@ def make_learner(
         depth=run.depth, dropout=pieces.dropout, seed=run.seed, **given)
     dls = loaders_of(run, data, device, model)
     learn = Learner(dls, model.to(dls.device, memory_format=torch.channels_last), pieces.loss_func or CrossEntropyLossFlat(),
-        optimizer_of(run, pieces), lr=run.lr, wd=pieces.wd, cbs=[*callbacks_of(run), *pieces.cbs],
-        splitter=head_apart if run.frozen or run.body_lr<1 else params)
+        optimizer_of(run, pieces), lr=run.lr, wd=pieces.wd, cbs=[*callbacks_of(run, model), *pieces.cbs],
+        splitter=param_groups if run.frozen or run.body_lr<1 else params)
     if run.compile: learn.model.compile()
     learn.logger = noop
     learn.create_mbar = False
     return learn.remove_cbs(learn.cbs.filter(risinstance(ProgressCallback)))
 
+# %% ../../nbs/experiments/learner.ipynb #aacc7bad
 def optimizer_of(
     run:Run, # what to train
     pieces:Pieces # of its method
@@ -189,7 +192,8 @@ def optimizer_of(
     return partial(OPTIMIZERS[run.opt], mom=run.mom, decouple_wd=pieces.decouple)
 
 def callbacks_of(
-    run:Run # what to train
+    run:Run, # what to train
+    model:nn.Module # the network
 )->list: # callbacks that every method shares
     "Make what a run needs beside its method (ours)."
     cbs = [TerminateOnNaNCallback(), NoValidation()]
@@ -198,7 +202,7 @@ def callbacks_of(
     if run.frozen: cbs.append(FreezeFirst(run.frozen))
     schedule = schedule_of(run.schedule)
     if schedule is None and run.body_lr==1: return cbs
-    rates = [run.lr] if run.body_lr==1 else [run.lr*run.body_lr, run.lr]
+    rates = [run.lr] if run.body_lr==1 else list(even_mults(run.lr*run.body_lr, run.lr, len(param_groups(model))))
     return [*cbs, ParamScheduler(dict(lr=ScaledSchedule(schedule, rates)))]
 
 class ScaledSchedule:
@@ -214,15 +218,6 @@ class ScaledSchedule:
         factor = self.schedule(progress) if self.schedule else 1.
         return [factor*rate for rate in self.rates] if len(self.rates)>1 else factor*self.rates[0]
 
-# %% ../../nbs/experiments/learner.ipynb #7701a486
-def head_apart(
-    model:nn.Module # classifier
-)->list: # parameters of the body, parameters of the head
-    "Part the parameters of a network into body and head (Howard and Ruder 2018)."
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-    head = {id(p) for p in layers[-1].parameters()}
-    return [[p for p in model.parameters() if id(p) not in head], list(layers[-1].parameters())]
-
 # %% ../../nbs/experiments/learner.ipynb #a12ccadc
 def step_seconds(
     run:Run, # what to train
@@ -236,7 +231,7 @@ def step_seconds(
         if cb.dls.device.type=='cuda': torch.cuda.synchronize()
         times.append(time.perf_counter())
         if len(times)>steps+2: raise CancelFitException()
-    learn.fit(steps+3, cbs=Callback(after_batch=tick, order=90))
+    learn.fit(steps+3, cbs=Callback(after_batch=tick))
     gaps = [b-a for a,b in zip(times[1:], times[2:])] or [math.nan]
     return statistics.median(gaps)
 
@@ -332,6 +327,7 @@ def open_learner(
 
 def shape_words(shape): return '×'.join(map(str, shape))
 
+# %% ../../nbs/experiments/learner.ipynb #1b71943a
 def outputs_for(
     learn:Learner, # what was loaded
     shape:tuple, # (C,H,W) of the images

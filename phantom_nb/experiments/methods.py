@@ -47,6 +47,7 @@ def _mhe(**settings):
     from phantom_nb.regularizers.hyperspherical import MHE
     return Pieces(cbs=(MHE.paper(**settings),))
 
+# %% ../../nbs/experiments/methods.ipynb #653cfced
 def _comhe(projection, **settings):
     from phantom_nb.regularizers.hyperspherical import CoMHE
     return Pieces(cbs=(CoMHE.paper(projection, **settings),))
@@ -66,7 +67,7 @@ LAZY = dict(every=1)
 
 def _energy(about, make): return Method(about, dict(lam=1., s=2.), make, ENERGY, LAZY)
 
-METHODS = dict(
+METHODS = dict( # chkstyle: ignore-node
     none=Method("plain training", {}, lambda: Pieces()),
     weight_decay=Method("decoupled weight decay (Loshchilov and Hutter 2019); decouple=False: L2", dict(wd=.1),
         lambda wd, decouple=True: Pieces(wd=wd, decouple=decouple), dict(wd=(1e-3, 1., 'log')), dict(decouple=True)),
@@ -137,7 +138,7 @@ def _make_part(part, settings):
     retired = METHODS[part].retired
     for name in settings:
         if name in retired: raise ValueError(f"{part} has no setting {name!r} any more: it changed nothing that was worth "
-            f"having (results/phantom-options.jsonl). Leave it out, or give {name} to the callback itself if it takes it")
+            "having (results/phantom-options.jsonl). Leave it out")
     settings = dict(settings)
     every = whole('every', settings.pop('every', 1))
     pieces = METHODS[part].make(**settings)

@@ -54,7 +54,7 @@ def step_points(
     except ValueError as e: raise ValueError(f"schedule={schedule!r}: write it like step:0.1@0.5,0.75 ({e})") from None
 
 # %% ../../nbs/experiments/run.ipynb #004a5330
-@dataclass(frozen=True)
+@dataclass(frozen=True) # chkstyle: ignore-node
 class Run:
     "Specify one training fully; raise a `ValueError` that lists the right ones for a wrong name or value (ours)."
     experiment:str = 'compare' # which experiment it belongs to

@@ -13,17 +13,17 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import joblib, pandas as pd, torch
+import pandas as pd, torch
 from fastai.basics import no_random, noop
 from filelock import FileLock, Timeout
 
 from ..checks import one_of
 from .checkpoint import Checkpoint
 from .engines import ENGINES, spread
-from .learner import NoValidation, StopAtLoss, evaluate, faster_precision, make_learner
+from .learner import NoValidation, StopAtLoss, evaluate, faster_precision, make_learner # chkstyle: ignore-node
 from .learner import measure_learner, provenance
 from .run import Run
-from .store import load_results, run_file, save_results, write_atomic, write_rows
+from .store import load_results, run_file, save_results, write_atomic, write_rows # chkstyle: ignore-node
 
 # %% ../../nbs/experiments/runner.ipynb #a55c6263
 _all_ = ['Run', 'load_results', 'make_learner', 'evaluate', 'provenance', 'Checkpoint', 'spread', 'write_rows', 'save_results']

@@ -56,6 +56,7 @@ def seeds_of(
     if isinstance(value, list) and value: return value
     raise ValueError(f"seeds={value!r}: give a number of seeds >= 1, or a list of seeds")
 
+# %% ../../nbs/experiments/sweep.ipynb #4324f569
 def methods_of(
     value # a name, a list of names, or 'all'
 )->list: # names, several joined by '+'
@@ -135,8 +136,8 @@ def parse_sweep(
         runs = runs_of(merged, name)
         if tune: refuse_searched_lists(merged)
         parts.append(Part(runs, tune, trace))
-    for method,settings in {(run.method, run.settings) for part in parts for run in part.runs}:
-        make_method(method, **dict(settings))
+    different = {(run.method, run.settings) for part in parts for run in part.runs}
+    for method,settings in different: make_method(method, **dict(settings))
     return Sweep(name, tuple(parts))
 
 # %% ../../nbs/experiments/sweep.ipynb #cde968a9
