@@ -38,11 +38,11 @@ def _check_neurons(w):
     raise ValueError(f"w has shape {tuple(w.shape)} and type {w.dtype}: give floats (n,d) or (g,n,d) "
         "with n>=2 and d>=1, such as phantom_nb.core.weight_view(layer)")
 
-# %% ../../nbs/regularizers/energy.ipynb #41986678
+# %% ../../nbs/regularizers/energy.ipynb #ad0f5202
 SHORT = 1e-6
 
 class Directions(NamedTuple):
-    "Neurons `(g,n,d)` that have been normalised, and what the gradient needs to know about it (eq. 1)."
+    "Neurons `(g,n,d)` after normalisation, and what the gradient needs to know (eq. 1)."
     w_hat:Tensor # (g,n,d) directions
     r:Tensor # (g,n,1) what `w` was multiplied by, 0 for a zero neuron
     c:Tensor # (g,n,1) squared lengths of `w_hat`, in [0,1]
@@ -67,18 +67,6 @@ def directions(
     total = q.sum(-2, keepdim=True)
     share = (lifted/total.masked_fill(total==0, 1)).masked_fill(zero, 0).to(w.dtype)
     return Directions(w*r, r, c, share, q<=floor)
-
-# %% ../../nbs/regularizers/energy.ipynb #ee1f13ad
-def radial_part(
-    rho:Tensor, # (g,n,1) product of `w_hat` with the force of the other neurons
-    to:Directions, # the normalised neurons
-    pull:float|Tensor=0. # (g,n,1) force of the own mirror image, a multiple of `w_hat`
-)->Tensor: # (g,n,1) multiples of `w_hat`
-    "Compute what the gradient has to take off the force along `w_hat` (eq. 7)."
-    part = rho + pull*(1-to.c)
-    if to.short is None: return part
-    kept = (rho - pull*to.c).masked_fill(~to.short, 0)
-    return part - kept + kept.sum(-2, keepdim=True)*to.share
 
 # %% ../../nbs/regularizers/energy.ipynb #59479cf0
 def _kernel(u, s, c=1):
@@ -107,6 +95,18 @@ def _psi(g, form):
     if not form.half_space: return f,df
     f_mirror,df_mirror = _phi(-g, form)
     return f+f_mirror, df-df_mirror
+
+# %% ../../nbs/regularizers/energy.ipynb #74fd1c72
+def radial_part(
+    rho:Tensor, # (g,n,1) product of `w_hat` with the force of the other neurons
+    to:Directions, # the normalised neurons
+    pull:float|Tensor=0. # (g,n,1) force of the own mirror image, a multiple of `w_hat`
+)->Tensor: # (g,n,1) multiples of `w_hat`
+    "Compute what the gradient has to take off the force along `w_hat` (eq. 7, 8)."
+    part = rho + pull*(1-to.c)
+    if to.short is None: return part
+    kept = (rho - pull*to.c).masked_fill(~to.short, 0)
+    return part - kept + kept.sum(-2, keepdim=True)*to.share
 
 # %% ../../nbs/regularizers/energy.ipynb #b32cd73b
 def _rows(w):
@@ -145,7 +145,7 @@ def _add_panel(m, rho, df, g, i, j):
 
 # %% ../../nbs/regularizers/energy.ipynb #925bdc54
 def _energy_grad(w, form, grad=True):
-    "Energies `(g,)` of `w (g,n,d)`; and M `(g,n,n)` with `w_hat` if n<=d, else the gradient `(g,n,d)` (eq. 4, 7, 8)"
+    "Energies `(g,)` of `w (g,n,d)`; and M `(g,n,n)` with `w_hat` if n<=d, else the gradient `(g,n,d)` (eq. 4, 7)"
     groups,n,d = w.shape
     keep = n<=d
     pairs = n*(2*n-1) if form.half_space else n*(n-1)
@@ -209,7 +209,7 @@ def hyperspherical_energy(
     eps:float|None=None, # added to the squared norms and to the angles, >= 0 (authors: 1e-4); None: relative, see eq. 1
     each:bool=False # give the energy of every group rather than their mean
 )->Tensor: # scalar of float32 (float64 for such input): mean energy of a pair; `(g,)` with `each`
-    "Compute the hyperspherical energy of neurons; raise a `ValueError` for wrong shapes or options (Liu 2018, eq. 1)."
+    "Compute the hyperspherical energy of neurons; raise a `ValueError` for wrong shapes or options (Liu 2018; eq. 2, 4)."
     _check_neurons(w)
     form = Form(s, half_space, angular, eps).check()
     if w.ndim==2: w = w[None]
@@ -237,7 +237,7 @@ class Stack(NamedTuple):
     shape:tuple # (g,n,d) of a layer
 
 class MHE(Regularizer):
-    "Minimise the hyperspherical energy of every layer's neurons (Liu 2018, eq. 3)."
+    "Minimise the hyperspherical energy of every layer's neurons (Liu 2018)."
     def __init__(self,
         lam:float=1., # weight >= 0, or an annealer
         s:float=2., # power of the distance, in [0,10]
@@ -254,6 +254,7 @@ class MHE(Regularizer):
         number('hidden', hidden, at_least=0, what='a factor')
         number('output', output, at_least=0, what='a factor')
         store_attr('s,half_space,angular,hidden,output,eps')
+        self.stacks = {} # Stack -> names of its layers
 
     @classmethod
     def paper(cls,
@@ -271,7 +272,7 @@ class MHE(Regularizer):
         self.last = next(iter(select_layers(self.model, 'output')))
         self.selected = {name:module for name,module in self.selected.items() if weight_view(module).shape[1]>1}
         if not self.selected: raise ValueError(f"layers={self.layers!r}: all have one neuron a group, so no pairs")
-        self.stacks = {} # Stack -> names of its layers
+        self.stacks = {}
         for name,stack in self.sort_layers().items(): self.stacks.setdefault(stack, []).append(name)
 
     def sort_layers(self)->dict: # name -> Stack
@@ -297,7 +298,8 @@ class MHE(Regularizer):
         return energies
 
     def energies(self)->dict: # name of the layer -> its energy, a scalar with gradient
-        "Compute every layer's energy."
+        "Compute every layer's energy; a `ValueError` before the first fit."
+        if not self.stacks: raise ValueError("layers are chosen when a fit begins: fit first")
         energies = {}
         for stack,es in self.stack_energies().items(): energies |= zip(self.stacks[stack], es)
         return {name:energies[name] for name in self.selected if name in energies}
@@ -305,7 +307,7 @@ class MHE(Regularizer):
     def total(self,
         energies:dict # as `stack_energies` gives
     )->Tensor: # scalar
-        "Sum the energies of layers, each times its factor (Liu 2018, eq. 3)."
+        "Sum the energies of layers, each times its factor (Liu 2018)."
         return sum((self.output if stack.is_output else self.hidden)*es.sum() for stack,es in energies.items())
 
     def penalty(self)->Tensor: return self.total(self.stack_energies()) # scalar
