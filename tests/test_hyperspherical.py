@@ -30,7 +30,7 @@ def test_parity_with_the_authors_code(c):
         g = neurons(f"g_{c['key']}")
         assert (torch.autograd.grad(e, w)[0]-g).abs().max() < 1e-4*g.abs().max()
 
-def loop(w, s, half_space, angular, eps=1e-12):
+def loop(w, s, half_space, angular, eps=0.):
     if half_space: w = torch.cat([w,-w])
     w = [o/(o.square().sum()+eps).sqrt() for o in w]
     t = [(a@b).clamp(-1, 1).acos()/math.pi+eps if angular else (a-b).norm() for i,a in enumerate(w) for b in w[:i]]
@@ -100,12 +100,54 @@ def test_equal_neurons_feel_no_force_but_near_ones_do():
     g, = torch.autograd.grad(hyperspherical_energy(near), near)
     assert g[0,1]>1e3 and g[1,1]<-1e3
 
+@pytest.mark.parametrize('d', [12, 60], ids=['gradient', 'matrix'])
+@pytest.mark.parametrize('form', FORMS, ids=str)
+def test_a_layer_has_no_scale(form, d):
+    "Any common factor gives the same energy and gradient, in float32, a short and a zero neuron included; and w.grad(w) = 0"
+    w = torch.randn(40, d, generator=torch.Generator().manual_seed(0))
+    w[3],w[4],w[5] = 1e-5*w[3],2.5e-7*w[4],0
+    energies,grads = [],[]
+    for factor in (1., 1e-25, 1e25, 1e-12):
+        x = (factor*w).requires_grad_()
+        e = hyperspherical_energy(x, **form)
+        g, = torch.autograd.grad(e, x)
+        energies.append(e.item())
+        grads.append(factor*g.double())
+    assert all(abs(e/energies[0]-1)<1e-5 for e in energies)
+    assert all(g.isfinite().all() and (g-grads[0]).norm()<1e-3*grads[0].norm() for g in grads)
+    assert abs((grads[0]*w).sum()) < 1e-5*(grads[0].norm()*w.norm())
+
+@pytest.mark.parametrize('d', [12, 60], ids=['gradient', 'matrix'])
+def test_short_neurons_are_not_torn_away(d):
+    "A neuron of length 2.5e-7 gets at most a thousand times the force of the others, a millionth was five million before"
+    w = torch.randn(40, d, generator=torch.Generator().manual_seed(0))
+    w[3] *= 2.5e-7/w[3].norm()
+    for form in FORMS:
+        x = w.clone().requires_grad_()
+        norms = torch.autograd.grad(hyperspherical_energy(x, **form), x)[0].norm(dim=1)
+        assert norms[3] < 3e3*norms.median()
+
+@pytest.mark.parametrize('shape', [(7, 4), (4, 7)], ids=str)
+def test_gradient_with_short_neurons_is_exact(shape):
+    w = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w[2] *= 1e-5
+    def plain(w, half_space):
+        x = w/torch.maximum(w.norm(dim=1), 1e-3*w.square().sum(1).mean().sqrt())[:,None]
+        if half_space: x = torch.cat([x,-x])
+        i,j = torch.triu_indices(len(x), len(x), 1)
+        return (2-2*(x@x.T)[i,j]).reciprocal().mean()
+    for half_space in (False,True):
+        x = w.clone().requires_grad_()
+        es = [f(x, half_space=half_space) for f in (hyperspherical_energy, plain)]
+        a,b = [torch.autograd.grad(e, x)[0] for e in es]
+        assert abs(es[0]-es[1])<1e-12 and (a-b).abs().max()<1e-9*b.abs().max()
+
 def test_autocast_does_not_reach_in():
     w = torch.randn(30, 40)
     with torch.autocast('cpu', dtype=torch.bfloat16): e = hyperspherical_energy(w, half_space=True)
     assert torch.equal(e, hyperspherical_energy(w, half_space=True))
 
-@pytest.mark.parametrize('args,what', [((torch.ones(1, 3),), r'\(1, 3\).*n>=2'), ((torch.ones(3),), r'\(3,\)'), ((torch.ones(2, 3, dtype=torch.long),), 'int64'),
+@pytest.mark.parametrize('args,what', [((torch.ones(1, 3),), r'\(1, 3\).*n>=2'), ((torch.ones(4, 0),), r'\(4, 0\).*d>=1'), ((torch.ones(0, 4, 3),), r'\(0, 4, 3\)'), ((torch.ones(3),), r'\(3,\)'), ((torch.ones(2, 3, dtype=torch.long),), 'int64'),
     ((torch.eye(3), -1.), 's=-1.0'), ((torch.eye(3), 11), 's=11'), ((torch.eye(3), 2., False, False, -1.), 'eps=-1.0')])
 def test_bad_input_is_refused(args, what):
     with pytest.raises(ValueError, match=what): hyperspherical_energy(*args)
@@ -143,6 +185,18 @@ def test_odd_layers_and_authors_factors():
     assert abs(e['b']-expected)<1e-6
     assert abs(e['fc']-hyperspherical_energy(m.fc.weight, s=0, eps=1e-4).item())<1e-6
     assert abs(learn.mhe.penalty().item() - 2*(e['a']+e['b']+e['d']) - 20*e['fc']) < 1e-5
+
+def test_layers_of_equal_shape_go_through_together():
+    "As many launches as there are shapes, and the same energies as layer by layer"
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), *[m for _ in range(4) for m in (nn.Linear(32, 32), nn.ReLU())], nn.Linear(32, 10))
+    mhe = fit(model, MHE(half_space=True)).mhe
+    assert [len(names) for names in mhe.stacks.values()] == [1, 4, 1]
+    for name,e in mhe.energies().items():
+        w = mhe.selected[name].weight
+        assert abs(e-hyperspherical_energy(w, half_space=w.shape[0]!=10)) < 1e-6
+
+def test_energies_before_a_fit_say_what_to_do():
+    with pytest.raises(ValueError, match='fit first'): MHE().energies()
 
 def test_only_depthwise_is_refused():
     with pytest.raises(ValueError, match="one neuron a group"): fit(Odd(), MHE(layers='c'))

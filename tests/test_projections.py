@@ -13,7 +13,8 @@ from phantom_nb.core import select_layers, weight_view
 from phantom_nb.data import get_dls
 from phantom_nb.models import create_model
 from phantom_nb.regularizers.hyperspherical import MHE, CoMHE, adversarial_energy, angle_distortion, angle_preserving_energy
-from phantom_nb.regularizers.hyperspherical import group_energy, hyperspherical_energy, projected_energy
+from phantom_nb.plain import attach
+from phantom_nb.regularizers.hyperspherical import expected_energy, group_energy, hyperspherical_energy, projected_energy
 
 REF = Path(__file__).parent/'reference'
 ARRAYS = np.load(REF/'hyperspherical.npz')
@@ -129,6 +130,23 @@ W,P = randn(4, 6),randn(2, 3, 6)
     (lambda: adversarial_energy(W, P, math.nan), 'lr=nan'), (lambda: group_energy(W, 7), 'groups=7'), (lambda: angle_distortion(W[0], P), r'\(6,\)')])
 def test_bad_input_is_refused(call, what):
     with pytest.raises(ValueError, match=what): call()
+
+
+@pytest.mark.parametrize('k', [8, 20, 40])
+def test_expected_energy_is_the_mean_of_random_projections(k):
+    w = (randn(10, 50, dtype=torch.float64) + .5*randn(50, seed=2, dtype=torch.float64)).requires_grad_()
+    mean,e = projected_energy(w, randn(3000, k, 50, seed=1, dtype=torch.float64), half_space=True),expected_energy(w, k)
+    assert abs(mean/e-1) < .02
+    a,b = torch.autograd.grad(e, w)[0],torch.autograd.grad(hyperspherical_energy(w, half_space=True), w)[0]
+    assert torch.allclose(a, k/(k-3)*b)
+
+@pytest.mark.parametrize('k', [3, 4.5, True])
+def test_expected_energy_refuses(k):
+    with pytest.raises(ValueError, match=f'k={k}'): expected_energy(W, k)
+
+def test_projections_have_no_scale():
+    for f,a in ((projected_energy, ()), (angle_distortion, ()), (angle_preserving_energy, (0.,))):
+        for c,q in ((1e-20,1.), (1e20,1.), (1.,1e-9), (1.,1e9)): assert abs(f(c*W, q*P, *a)/f(W, P, *a)-1) < 1e-4
 
 
 # The callback
@@ -257,6 +275,52 @@ def test_with_a_compiled_network():
     learn.model = torch.compile(learn.model, backend='eager')
     a,b = [fit(o).co_mhe.records[0] for o in (plain, learn)]
     assert math.isnan(b[4]) and a[4] > 0 and abs(a[3]-b[3]) < 1e-5*a[3]
+
+@pytest.mark.parametrize('make', [CoMHE, CoMHE.paper], ids=['CoMHE','paper'])
+def test_projection_comes_first(make):
+    a,b = make('group', 2.),make(lam=2., projection='group')
+    assert (a.projection, a.lam)==(b.projection, b.lam)==('group', 2.)
+
+def test_drawn_groups_are_unbiased():
+    "The mean over draws is the energy of all groups, and micro-batches of a step see the same draw"
+    model,values = Odd(),[]
+    def started(m):
+        cb = CoMHE('group', k=4, m=m, first_layer='skip', output_layer='skip')
+        fit(learner(model, cb, lr=0.))
+        return cb
+    every,drawn = started(0),started(1)
+    for step in range(400):
+        drawn.steps = step+1000
+        values.append(drawn.penalty().item())
+        assert drawn.penalty().item()==values[-1]
+    values = torch.tensor(values)
+    assert values.std()>0 and abs(values.mean()-every.penalty())<4*values.std()/400**.5
+    assert all(pick is None for pick in every.basis.values())
+
+@pytest.mark.parametrize('size,n', [(3, 8), (5, 8), (1, 1), (7, 8)])
+def test_groups_are_whole_channels(size, n):
+    "One channel of a kernel of nine numbers or more, nine channels of a 1x1"
+    cb = CoMHE('group')
+    cb.selected = dict(a=nn.Conv2d(8, 4, size))
+    assert cb.n_groups('a', 8*size*size)==n
+
+def test_expected_is_half_space_with_a_larger_weight():
+    cb = CoMHE('expected', k=10)
+    fit(learner(Odd(), cb))
+    es = cb.energies()
+    for name in 'fg': assert abs(es[name]-expected_energy(getattr(cb.model, name).weight, 10))<1e-5
+
+def test_in_a_plain_loop():
+    "The network's rate is not known there; all else is the same"
+    model,x = Odd(),randn(8, 1, 8, 8)
+    for kind in ('random','angle','adversarial','group','expected'):
+        with attach(model, CoMHE(kind, k=10)) as penalty:
+            model(x)
+            first = penalty()
+            first.backward()
+            model(x)
+            assert penalty().isfinite() and first>0
+    with pytest.raises(ValueError, match='p_lr=None'): attach(model, CoMHE.paper('angle', k=10)).__enter__()
 
 def test_paper_preset():
     cb = CoMHE.paper()
