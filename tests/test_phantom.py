@@ -202,6 +202,16 @@ def test_any_mixed_batch_is_finite(t, mode):
     g, = torch.autograd.grad(r, z)
     assert r.isfinite() and g.isfinite().all()
 
+@pytest.mark.parametrize('mode', MODES)
+def test_mixed_labels_in_a_plain_loop(mode):
+    from phantom_nb.plain import attach
+    model,x = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)),torch.randn(6, 4, 4, generator=gen())
+    t = shares([0,0,1,1,2,2]).float()
+    with attach(model, PhantomEmbeddings(.3, mode=mode)) as penalty:
+        model(x)
+        term = penalty(t)
+    torch.testing.assert_close(term, .3*phantom_loss(model[:-1](x), t, mode, model[-1]))
+
 def test_images_count_by_their_share():
     "Class phantoms of shares in tenths are those of plain labels with every image repeated"
     z,_ = batch([0]*4)

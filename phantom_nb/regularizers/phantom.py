@@ -24,11 +24,9 @@ from ..hooks import catch
 from ..measures.embeddings import apply_head, as_embeddings, check_batch, directions, find_head
 from ..measures.embeddings import interclass_similarity, masked_mean, n_outputs, pair_cosines
 
-# %% ../../nbs/regularizers/phantom.ipynb #7103b2f2
-_all_ = ['interclass_similarity']
-
 # %% ../../nbs/regularizers/phantom.ipynb #bbf18583
 MODES = ('mix','contrast','separate')
+_all_ = ['interclass_similarity'] # its home is `measures.embeddings`
 
 def _refuse_if(wrong, message):
     "Raise a `ValueError` on a CPU; on a GPU let the device stop the program as soon as it sees it, which needs no waiting"
@@ -44,8 +42,9 @@ def check_labels(
     "Return a batch in the types that are computed in; raise a `ValueError` for what is no embedding or no label (ours)."
     if not (isinstance(y, Tensor) and y.is_floating_point() and y.ndim==2 and len(y)==len(z)):
         z,y = check_batch(z, y)
-        highest = "the highest" if y.is_cuda else y.max().item() if len(y) else None
-        if n_classes is not None: _refuse_if(y>=n_classes, f"y holds class {highest}, n_classes={n_classes}: classes are 0 to {n_classes-1}")
+        if n_classes is None or not len(y): return z, y
+        which = "too high a class" if y.is_cuda else f"class {y.max().item()}"
+        _refuse_if(y>=n_classes, f"y holds {which}, n_classes={n_classes}: classes are 0 to {n_classes-1}")
         return z, y
     z,_ = check_batch(z, torch.zeros(len(z), dtype=torch.long))
     if n_classes not in (None, y.shape[1]):
