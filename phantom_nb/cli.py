@@ -301,10 +301,11 @@ def measure(learner:Saved, data:Data='digits', n:Sample=1000, plot:Figure=None, 
     check_suffix(plot, PICTURES)
     if not plot.parent.is_dir(): raise ValueError(f"{str(plot)!r}: the folder does not exist, make it first")
     from phantom_nb.experiments.learner import loaders_for, open_learner
+    from phantom_nb.experiments.report import save_figure
     from phantom_nb.measures.intraclass import intraclass_report
     learn,console = open_learner(learner),wide_console()
     table,fig = intraclass_report(learn, n, dl=loaders_for(learn, data, n, root).train)
-    fig.savefig(plot, dpi=150)
+    save_figure(fig.axes, plot)
     right = f"{100*table.attrs['accuracy']:.1f}% right"
     console.print(f"{learner.name} on {table.attrs['n']} training images of {data}: {right}", highlight=False)
     show_table(table.rename_axis('layer').reset_index(), console)

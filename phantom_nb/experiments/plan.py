@@ -186,7 +186,7 @@ def kept_plan(
 def read_run(row): return Run(**{**row, 'settings':dict(row['settings'])})
 
 # %% ../../nbs/experiments/plan.ipynb #4b8cdac8
-PAIRED_SD = .012
+PAIRED_SD = .0075
 
 def detectable_words(
     seeds:int, # of each method, >= 1

@@ -1,0 +1,121 @@
+"Comparisons that fit a time: what is given up, what chooses, what judges, and what is said at the end"
+import json, os, re
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from phantom_nb import cli
+from phantom_nb.experiments import gpu
+from phantom_nb.experiments.plan import advise, detectable_words, divide_time, has_test_images, kept_plan, mean_and_interval
+from phantom_nb.experiments.plan import plan_comparison, seconds_for, validation_images
+from phantom_nb.experiments.run import Run
+from phantom_nb.experiments.runner import load_results
+from phantom_nb.experiments.timing import ratio_interval
+
+@given(st.floats(1, 1e5), st.floats(.01, 100), st.floats(0, 100), st.integers(1, 8))
+@settings(deadline=None, max_examples=200)
+def test_what_is_planned_fits_its_time(budget, epoch, judging, jobs):
+    try: fit = divide_time(budget, epoch, judging, jobs)
+    except ValueError as e:
+        assert 'too short' in str(e) and seconds_for(2, 3, 5, epoch, judging, jobs)>budget
+        return
+    assert fit.seconds<=budget and fit.methods[0]=='none' and len(fit.methods)>=2 and 3<=fit.seeds<=10 and 5<=fit.epochs<=20
+    assert fit.seconds==pytest.approx(seconds_for(len(fit.methods), fit.seeds, fit.epochs, epoch, judging, jobs))
+
+@given(st.floats(100, 1e4))
+@settings(deadline=None, max_examples=50)
+def test_more_time_gives_up_less(budget):
+    times = dict(epoch=1., judging=1.)
+    size = lambda fit: (len(fit.methods)*fit.seeds*fit.epochs, )
+    try: a = divide_time(budget, **times)
+    except ValueError: return
+    b = divide_time(2*budget, **times)
+    assert len(a.left_out)>=len(b.left_out) and size(b)>=size(a)
+
+def test_what_is_asked_for_stays():
+    fit = divide_time(1e4, 1., 1., methods=['mhe','dropout+mhe'], seeds=2, epochs=3)
+    assert (fit.methods, fit.seeds, fit.epochs)==(('none','mhe','dropout+mhe'), 2, 3) and not fit.left_out
+    with pytest.raises(ValueError, match='3 methods, 2 seeds and 3 epochs take about'): divide_time(5, 1., 1., methods=['mhe','dropout'], seeds=2, epochs=3)
+    with pytest.raises(ValueError, match='time_budget=0'): divide_time(0, 1., 1.)
+
+def test_plan_is_kept_for_the_same_wishes(tmp_path):
+    def make(budget): return lambda: plan_comparison(Run(), budget, methods=['dropout'], seeds=2, device='cpu', jobs=1)
+    a,fit = kept_plan(tmp_path/'plan.json', make(600), dict(seconds=600))
+    b,again = kept_plan(tmp_path/'plan.json', lambda: pytest.fail("planned anew"), dict(seconds=600))
+    assert a==b and fit.epochs==again.epochs and [run.seed for run in a]==[0,0,1,1] and a[0].n_valid==200 and a[0].test
+    asked = []
+    kept_plan(tmp_path/'plan.json', lambda: asked.append(1) or make(600)(), dict(seconds=601))
+    assert asked
+
+def test_validation_images():
+    assert validation_images(torch.arange(100)%10)==20 and validation_images([0]*90+[1]*9)==6
+    with pytest.raises(ValueError, match='class number 1 has 2 training images'): validation_images([0]*90+[1]*2)
+
+def rows(method, valid, test): return [dict(method=method, seed=i, status='done', valid_accuracy=v, accuracy=t) for i,(v,t) in enumerate(zip(valid, test))]
+
+def test_validation_chooses_and_test_judges():
+    plain = rows('none', [.70,.72,.71], [.69,.70,.70])
+    lucky = rows('mixup', [.60,.62,.61], [.90,.91,.92]) # best on test, never chosen
+    good = rows('dropout', [.74,.75,.76], [.73,.74,.745])
+    assert 'Use dropout on these images' in advise(pd.DataFrame(plain+lucky+good))
+    assert 'No method beat plain training' in advise(pd.DataFrame(plain+lucky))
+    fooled = rows('dropout', [.80,.81,.82], [.60,.61,.605])
+    assert 'worse: use plain training' in advise(pd.DataFrame(plain+fooled))
+    assert 'Nothing is shown' in advise(pd.DataFrame(plain+rows('dropout', [.74,.75,.76], [.60,.80,.70])))
+    assert 'One seed' in advise(pd.DataFrame(plain[:1]+good[:1])) and 'nothing can be compared' in advise(pd.DataFrame(good))
+
+def test_overlapping_training_sets_widen_the_interval():
+    d = [.01,.02,.015,.012,.018]
+    mean,low,high = mean_and_interval(d)
+    _,low5,high5 = mean_and_interval(d, 1/5)
+    assert mean==pytest.approx(.015) and (high5-low5)/(high-low)==pytest.approx(np.sqrt((1/5+1/4)/(1/5)))
+
+def test_ratio_and_words():
+    assert ratio_interval([2.,2.,2.])==pytest.approx((2,2,2)) and ratio_interval([1.,4.])[0]==pytest.approx(2)
+    assert 'no interval' in detectable_words(1, 3)
+    size = [float(re.search(r'about ([\d.]+)', detectable_words(n, 4))[1]) for n in (3,5,10)]
+    assert size==sorted(size, reverse=True)
+
+@pytest.fixture
+def photos(tmp_path):
+    "Two kinds of small pictures that are easy to tell apart, and no test images"
+    rng = np.random.default_rng(0)
+    for i,name in enumerate(('dark','light')):
+        (tmp_path/'photos'/name).mkdir(parents=True)
+        for k in range(30):
+            x = np.clip(rng.normal(90+60*i, 60, (20,24,3)), 0, 255).astype('uint8')
+            Image.fromarray(x).save(tmp_path/'photos'/name/f'{k}.png')
+    return tmp_path/'photos'
+
+def test_compare_on_a_folder_without_test_images_cross_validates(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    assert not has_test_images(str(photos))
+    args = ['compare', '--data', './photos', '--size', '16', '--methods', 'none,dropout', '--epochs', '2', '--seeds', '3', '--time-budget', '5m', '--jobs', '1']
+    for sitting in (1,2):
+        with pytest.raises(SystemExit) as e: cli.main(args)
+        out = capsys.readouterr()
+        assert e.value.code==0, out.err
+        assert '2 methods, 3 seeds, 2 epochs' in out.out and 'can show differences' in out.out
+        assert 'plain training' in out.out.splitlines()[-1] or 'dropout' in out.out.splitlines()[-1]
+    assert '6 of 6 runs are recorded already' in out.out
+    df = load_results('compare/photos-all/runs')
+    assert set(df.folds)=={5} and {'valid_accuracy','accuracy'}<=set(df) and (df.n_train+df.n_valid).eq(48).all() and json.loads(Path('compare/photos-all/plan.json').read_text())
+
+def test_gpu_pieces_are_refused_kindly_where_there_is_none(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(SystemExit) as e: cli.main(['gpu'])
+    out = capsys.readouterr().out
+    assert e.value.code==0 and 'no GPU on this machine' in out and all(name in out for name in gpu.PIECES) and "[dev,tune]" in out
+    with pytest.raises(SystemExit) as e: cli.main(['gpu', 'steps'])
+    assert e.value.code==2
+
+@pytest.mark.parametrize('text,seconds', [('90s',90), ('30m',1800), ('1h30m',5400), ('2h',7200), ('45',45), ('1.5h',5400)])
+def test_durations(text, seconds): assert cli.seconds_of(text)==seconds
+
+@pytest.mark.parametrize('text', ['', 'h', '3 days', '-5s', '0', '30 m 2'])
+def test_wrong_durations(text):
+    with pytest.raises(ValueError, match='such as 90s, 30m'): cli.seconds_of(text)
