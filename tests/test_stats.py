@@ -224,6 +224,14 @@ def test_comparisons_are_corrected_one_by_one(many):
     with pytest.raises(ValueError, match='no rows'): comparisons(many[:0])
     with pytest.raises(ValueError, match='occurs twice'): comparisons(many, over='data')
 
+def test_one_correction_for_all_settings(many):
+    each,all_ = comparisons(many),comparisons(many, together=True)
+    assert all_.attrs['tests']==36 and np.allclose(all_.p_holm, holm(each.p), equal_nan=True) and (all_.detectable.dropna()>=each.detectable.dropna()).all()
+    names = sorted({*many.method}-{'none'})
+    asked = claims(many, [(name,'none') for name in names])
+    said = all_[all_.verdict!=''].verdict.map(dict(better='yes', worse='no')).fillna('unclear')
+    assert all(said[d,n,c.split()[0]]==a for (c,d,n),a in asked.answer.items())
+
 def test_settings_that_are_missing_are_a_setting(many):
     many['n_train'] = many.n_train.where(many.n_train!=1000)
     assert len(comparisons(many))==42

@@ -113,7 +113,8 @@ def verdict(
     said = {word:', '.join(map(str, compared.index[compared.verdict==word])) for word in ('better','worse',NO_DIFFERENCE)}
     words = '; '.join(f"{word}: {names}" for word,names in said.items() if names)
     if (compared.verdict==NO_DIFFERENCE).all() and len(compared)>1: words = f"{NO_DIFFERENCE} for any"
-    start = f"Corrected for {tests} methods, {words}" if tests>1 else words.capitalize()
+    asked = f"{table.attrs['tests']} differences in all settings" if 'tests' in table.attrs else f"{tests} methods"
+    start = f"Corrected for {asked}, {words}" if tests>1 else words.capitalize()
     return f"{best} {start}.{_power_words(compared[compared.verdict==NO_DIFFERENCE])}"
 
 # %% ../../nbs/experiments/report.ipynb #e213907a

@@ -208,9 +208,10 @@ def _columns(df, over):
 def comparisons(
     df:pd.DataFrame, # one row a run, as for `comparison`
     over:str|Iterable=('data','n_train'), # columns that tell the comparisons apart
+    together:bool=False, # correct over all settings at once, instead of within each
     **kwargs # options of `comparison`
 )->pd.DataFrame: # its rows, indexed by the values of `over` and the method
-    "Make one comparison for every setting, Holm's correction within each; a missing column raises a `ValueError`."
+    "Make one comparison for every setting (Holm 1979, within each or over all); a missing column raises a `ValueError`."
     over = _columns(df, over)
     if not len(df): raise ValueError("no rows to compare: check the filter")
     tables = []
@@ -219,6 +220,10 @@ def comparisons(
     by = tables[0].index.name
     table = pd.concat(tables).set_index(over, append=True).reorder_levels([*over, by])
     table.attrs = tables[0].attrs
+    if not together: return table
+    attrs = table.attrs | dict(tests=int(table.p.notna().sum())) # said in words by `verdict`
+    table = _judged(table, kwargs.get('level', .95), kwargs.get('power', .8), attrs['higher_is_better'])
+    table.attrs = attrs
     return table
 
 # %% ../../nbs/experiments/stats.ipynb #850dcc9a
