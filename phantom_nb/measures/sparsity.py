@@ -7,6 +7,7 @@ __all__ = ['OVER', 'ACTIVATIONS', 'perplexity', 'sparsity', 'activation_sparsity
            'SparsityMeter', 'activation_layers', 'channel_dims', 'base_name', 'ActivationWatch', 'measure_sparsity']
 
 # %% ../../nbs/measures/sparsity.ipynb #9d1e213c
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import numpy as np, pandas as pd, torch
@@ -215,7 +216,7 @@ def _activation_types(model):
 
 def activation_layers(
     model:nn.Module, # network; wrappers are looked through
-    layers=None # see `select_layers`; None for all activation modules
+    layers:type|str|Callable|list|None=None # see `select_layers`; None for all activation modules
 )->dict: # name -> module; empty where a network has no activation modules and `layers` names no type of module
     "Select activation modules; a `ValueError` lists those there are (ours)."
     network = unwrap(model)
@@ -227,7 +228,7 @@ def activation_layers(
 # %% ../../nbs/measures/sparsity.ipynb #df5c07f0
 def channel_dims(
     model:nn.Module, # network
-    names # names of its layers
+    names:Iterable # names of its layers
 )->dict: # name -> 1 or -1
     "Say where each layer has its channels: last behind a Linear, else second (ours)."
     dim,found = 1,{}
@@ -251,7 +252,7 @@ class ActivationWatch:
     "Hand the activations of a network to a function, whether they are modules or functions such as `F.relu` (ours)."
     def __init__(self,
         model:nn.Module, # network; wrappers are looked through
-        layers=None, # see `select_layers`, for names of functions too; None for all activations
+        layers:type|str|Callable|list|None=None, # see `select_layers`, for names of functions too; None for all activations
         channel_dim:int|None=None # 1 or -1; None to go by the layers
     ):
         self.model = model
@@ -264,7 +265,7 @@ class ActivationWatch:
 
     @contextmanager
     def watching(self,
-        see # called with the name, the activations and their channel dimension
+        see:Callable # called with the name, the activations and their channel dimension
     ):
         "Call `see` at every activation inside, gradient attached."
         def module_ran(call): see(call.name, call.out, self.channel_dim or self.dims[base_name(call.name)])
@@ -277,7 +278,8 @@ class ActivationWatch:
         def function_ran(call):
             if over: return # the pass is over: this one belongs to the loss or to a penalty
             if call.function in _WEIGHTED.values(): ran.append(call.function)
-            elif call.module not in own and call.out.ndim>1: self._see_function(call, see, -1 if ran[-1:]==['linear'] else 1)
+            elif call.module not in own and call.out.ndim>1:
+                self._see_function(call, see, dim=-1 if ran[-1:]==['linear'] else 1)
         if not self.watches_functions: yield
         else:
             network = unwrap(self.model)
@@ -300,21 +302,22 @@ class ActivationWatch:
         "Say what to do where no activation was seen."
         network = unwrap(self.model)
         name = type(network).__name__
-        if self.modules: return ValueError(f"layers={self.layers!r}: {name} called none of {', '.join(self.modules)}")
+        asked = f"layers={self.layers!r}"
+        if self.modules: return ValueError(f"{asked}: {name} called none of {', '.join(self.modules)}")
         if self.functions:
-            return ValueError(f"layers={self.layers!r} selects no activation of {name}; there are: {', '.join(self.functions)}")
+            return ValueError(f"{asked} selects no activation of {name}; there are: {', '.join(self.functions)}")
         kinds = [type(m).__name__ for m in network.modules()]
         before = [k for k in kinds if 'Norm' in k] or [k for k in kinds if k.startswith(('Conv','Linear'))] or ['Linear']
-        return ValueError(f"layers={self.layers!r}: no activation of {name} was found, neither a module nor a function such as "
+        return ValueError(f"{asked}: no activation of {name} was found, neither a module nor a function such as "
             "F.relu or F.gelu; if it is written by hand, choose the layers before it and give its function as act, for "
             f"example layers=nn.{before[0]}, act=torch.relu")
 
 # %% ../../nbs/measures/sparsity.ipynb #803e9060
 def measure_sparsity(
     model:nn.Module, # network; wrappers are looked through
-    batches, # iterable of batches: tensors, or tuples whose first element is the input
-    layers=None, # see `select_layers`, for names of functions too; None for all activations
-    act=None, # function of what the layers put out, for activations that are written by hand
+    batches:Iterable, # batches: tensors, or tuples whose first element is the input
+    layers:type|str|Callable|list|None=None, # see `select_layers`, for names of functions too; None for all activations
+    act:Callable|None=None, # function of what the layers put out, for activations that are written by hand
     channel_dim:int|None=None # 1 or -1; None to go by the layers
 )->pd.DataFrame: # one row a layer: units, samples, positions, correlation, dead, and low and high of the filters
     "Measure all layers over a whole data set in one pass; `ValueError` without activations or batches (eq. 3 to 6)."

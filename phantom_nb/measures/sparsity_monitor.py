@@ -8,6 +8,7 @@ __all__ = ['overfit_onset', 'sparsity_alarm', 'loss_alarm', 'judge_alarm', 'heat
 
 # %% ../../nbs/measures/sparsity_monitor.ipynb #0d01a181
 import math
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -27,7 +28,7 @@ def _smooth(x, window, centred=False):
     return x.rolling(window, min_periods=1, center=centred).mean().to_numpy()
 
 def overfit_onset(
-    loss, # (epochs,) validation losses (nats)
+    loss:Sequence, # (epochs,) validation losses (nats)
     rise:float=.05, # how far above its minimum the loss must rise later, as a share, >= 0
     window:int=5 # epochs of the moving mean, >= 1
 )->int|None: # epoch, from 0; None if it never over-fits
@@ -41,7 +42,7 @@ def overfit_onset(
 def _first(hits): return int(np.argmax(hits)) if np.any(hits) else None
 
 def sparsity_alarm(
-    s, # (epochs,) mean sparsity of training batches, in [0,1]
+    s:Sequence, # (epochs,) mean sparsity of training batches, in [0,1]
     rise:float=.01, # rise above the minimum so far, >= 0
     window:int=3 # epochs of the moving mean, >= 1
 )->int|None: # epoch, from 0; None if it keeps quiet
@@ -50,7 +51,7 @@ def sparsity_alarm(
     return _first(mean > np.fmin.accumulate(mean)+rise) # fmin: epochs that were not seen are NaN
 
 def loss_alarm(
-    loss, # (epochs,) training losses (nats)
+    loss:Sequence, # (epochs,) training losses (nats)
     below:float=.1, # threshold (nats), > 0
     window:int=3 # epochs of the moving mean, >= 1
 )->int|None: # epoch, from 0; None if it keeps quiet
@@ -69,10 +70,12 @@ def judge_alarm(
     return 'hit' if alarm>=onset/2 else 'early'
 
 # %% ../../nbs/measures/sparsity_monitor.ipynb #12198723
+def _axis_label(over): return f'sparsity over {over}' if over in OVER else over
+
 def heat_map(
-    ax, # matplotlib axis
-    values, # (layers, epochs) in [0,1]
-    names, # of the layers
+    ax:plt.Axes, # axes to draw in
+    values:Sequence, # (layers, epochs) in [0,1]
+    names:Sequence, # of the layers
     label:str='' # of the colours
 ):
     "Draw layers against epochs."
@@ -83,28 +86,28 @@ def heat_map(
     ax.figure.colorbar(image, ax=ax, label=label)
 
 def loss_curves(
-    ax, # matplotlib axis
+    ax:plt.Axes, # axes to draw in
     losses:pd.DataFrame, # train_loss and valid_loss (nats), a row an epoch
     marks:dict # text -> epoch or None, drawn as a vertical line
 ):
-    "Draw losses over epochs, with the legend beside them."
+    "Draw losses over epochs, with the legend above them."
     for name,color in (('train_loss','C0'), ('valid_loss','C1')):
         loss = losses[name].astype(float)
         ax.plot(losses.index, loss.where(loss>0), color, label=f"{'training' if color=='C0' else 'validation'} loss")
     for (text,epoch),style in zip(marks.items(), ('--',':')):
         if epoch is not None: ax.axvline(epoch, color='k', ls=style, lw=1.2, label=text)
     ax.set(xlabel='epoch', ylabel='loss (nats)', yscale='log')
-    ax.legend(loc='upper left', bbox_to_anchor=(1.01, 1))
+    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
 
 def plot_record(
-    monitor, # `SparsityMonitor` with a record
+    monitor:TrainingCallback, # `SparsityMonitor` with a record
     over:str, # measure to draw
-    axs # two matplotlib axes
+    axs:Sequence # two matplotlib axes
 ):
     "Draw layers by epochs over the losses, with the alarm and the onset."
     df,losses = monitor.to_frame(),pd.DataFrame(monitor.losses)
     grid = df[df.split=='train'].pivot(index='layer', columns='epoch', values=over).reindex(df.layer.unique())
-    heat_map(axs[0], grid.reindex(columns=range(len(losses))), grid.index, f'sparsity over {over}' if over in OVER else over)
+    heat_map(axs[0], grid.reindex(columns=range(len(losses))), grid.index, _axis_label(over))
     w = monitor.warning()
     said = f"alarm ({w['judgement']})" if w['judgement'] else 'alarm'
     loss_curves(axs[1], losses, {said:w['epoch'], 'over-fitting begins':w['onset']})
@@ -118,7 +121,8 @@ def plot_layer_curves(
     names = df.layer.unique()
     columns = min(ncols, len(names))
     rows = -(-len(names)//columns)
-    fig,axs = plt.subplots(rows, columns, sharex=True, figsize=(2*columns,2*rows+.4), squeeze=False, layout='constrained')
+    size = dict(figsize=(2*columns,2*rows+.4), layout='constrained')
+    fig,axs = plt.subplots(rows, columns, sharex=True, squeeze=False, **size)
     for ax,name in zip(axs.flat, names):
         for split,style in (('train','C0-'), ('valid','C1--')):
             d = df[(df.layer==name) & (df.split==split)]
@@ -129,7 +133,7 @@ def plot_layer_curves(
         ax.title.set_fontsize('small')
     for ax in axs.flat[len(names):]: ax.set_axis_off()
     for ax in axs[-1]: ax.set_xlabel('epoch')
-    for ax in axs[:,0]: ax.set_ylabel(f'sparsity over {over}' if over in OVER else over)
+    for ax in axs[:,0]: ax.set_ylabel(_axis_label(over))
     fig.legend(*axs[0,0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     return axs
 
@@ -139,8 +143,8 @@ class SparsityMonitor(TrainingCallback):
     order = 60
 
     def __init__(self,
-        layers=None, # see `select_layers`; None for all activations, modules and functions
-        act=None, # function of what the layers put out, for activations that are written by hand
+        layers:type|str|Callable|list|None=None, # see `select_layers`; None for all activations, modules and functions
+        act:Callable|None=None, # function of what the layers put out, for activations that are written by hand
         channel_dim:int|None=None, # 1 or -1; None to go by the layers
         share:float=.05, # part of the batches that is watched, in (0,1]
         images:int=16, # of a watched batch that are measured, >= 2; for `positions` a sixteenth of them
@@ -164,7 +168,8 @@ class SparsityMonitor(TrainingCallback):
         self.rows = [] # a dict an epoch, split and layer
         self.losses = [] # a dict an epoch
         self._meters = {} # split -> name of a layer -> meter, of this epoch
-        self._now = dict(split='train', take=False) # in a dict, since fastai looks up every attribute that is set, slowly
+        # in a dict, since fastai looks up every attribute that is set, slowly
+        self._now = dict(split='train', take=False)
         self._on = False
         self._shown = None
 
@@ -223,7 +228,7 @@ class SparsityMonitor(TrainingCallback):
         if not len(df): return np.full(n, np.nan)
         return df[df.split==split].groupby('epoch')[over or self.over].mean().reindex(range(n)).to_numpy()
 
-    def warning(self)->dict: # epoch of the alarm, onset, lead (epochs; negative: late), judgement; None where there is none
+    def warning(self)->dict: # epoch of the alarm, onset, lead (epochs, negative: late), judgement; None for none
         "Say when the alarm sounded, when over-fitting began, and how `judge_alarm` calls that."
         alarm = sparsity_alarm(self.mean_over_layers(), self.rise, self.window)
         loss = [row['valid_loss'] for row in self.losses]
@@ -291,8 +296,9 @@ class SparsityMonitor(TrainingCallback):
         "Watch `model` until leaving; call `end_epoch` after every epoch. A `ValueError` for a compiled model."
         self._begin()
         self._choose(model)
-        if self.compiled: raise ValueError("the model is compiled and calls no hooks: watch it before compiling, or call "
-            "measure_sparsity after every epoch")
+        if self.compiled:
+            raise ValueError("the model is compiled and calls no hooks: watch it before compiling, or call "
+                "measure_sparsity after every epoch")
         counts,every = dict(train=0, valid=0),max(1, round(1/self.share))
         def before_pass(module, args):
             split = 'train' if module.training else 'valid'
@@ -308,7 +314,7 @@ class SparsityMonitor(TrainingCallback):
     # Pictures
     def plot(self,
         over:str|None=None, # measure to draw; None for the monitor's
-        axs=None # two matplotlib axes, made if None
+        axs:Sequence|None=None # two matplotlib axes, made if None
     )->list: # the two axes
         "Draw layers by epochs over the loss curves, with the alarm and the onset of over-fitting."
         self._check_rows()

@@ -7,6 +7,8 @@ __all__ = ['GROUPS', 'third_of', 'target_layers', 'fastest_rising', 'TargetedSpa
            'filter_correlation', 'measure_sparsity', 'perplexity', 'sparsity', 'SparsityMonitor', 'overfit_onset']
 
 # %% ../../nbs/regularizers/sparsity.ipynb #51bbcc9a
+from collections.abc import Callable
+
 import numpy as np, torch
 from fastcore.basics import store_attr
 
@@ -14,7 +16,8 @@ from ..checks import number, one_of, whole
 from ..core import Regularizer
 from ..hooks import is_compiled
 from ..measures.sparsity import ACTIVATIONS, OVER, ActivationWatch, activation_layers, activation_sparsity
-from ..measures.sparsity import dead_units, filter_correlation, measure_sparsity, perplexity, sparsity # chkstyle: ignore-node
+from ..measures.sparsity import dead_units, filter_correlation # chkstyle: ignore-node
+from ..measures.sparsity import measure_sparsity, perplexity, sparsity # chkstyle: ignore-node
 from ..measures.sparsity_monitor import SparsityMonitor, overfit_onset # chkstyle: ignore-node
 
 _all_ = ['activation_sparsity', 'dead_units', 'filter_correlation', 'measure_sparsity', 'perplexity', 'sparsity',
@@ -35,8 +38,8 @@ def third_of(
     return thirds[group]
 
 def target_layers(
-    model, # network
-    layers='auto' # 'auto', 'all', 'early', 'middle', 'late', or a selector of `select_layers`
+    model:torch.nn.Module, # network; wrappers are looked through
+    layers:type|str|Callable|list='auto' # 'auto', 'all', 'early', 'middle', 'late', or a selector of `select_layers`
 )->dict: # name -> module; for 'auto' all candidates; empty for a network whose activations are functions
     "Choose the activation modules to aim at; a `ValueError` lists those there are (ours)."
     if layers in ('auto','all'): return activation_layers(model)
@@ -62,13 +65,13 @@ class TargetedSparsity(Regularizer):
     decomposes = False
 
     def __init__(self,
-        lam=1., # weight >= 0, or an annealer
-        layers='auto', # 'auto', 'all', 'early', 'middle', 'late', or a selector of `select_layers`
+        lam:float|Callable=1., # weight >= 0, or an annealer
+        layers:type|str|Callable|list='auto', # 'auto', 'all', 'early', 'middle', 'late', or a selector of `select_layers`
         target:float=0., # sparsity below which there is no force, in [0,1)
         over:str='samples', # 'units', 'samples' or 'positions', see `activation_sparsity`
         correlation:float=0., # weight of the filters' correlation against sparsity, >= 0
         rechoose:int=5, # epochs from one choice of 'auto' to the next, >= 2
-        act=None, # function of what the layers put out, for activations that are written by hand
+        act:Callable|None=None, # function of what the layers put out, for activations that are written by hand
         channel_dim:int|None=None, # 1 or -1; None to go by the layers
         every:int=1 # optimizer steps from one penalty to the next, >= 1
     ):
@@ -148,7 +151,8 @@ class TargetedSparsity(Regularizer):
     def end_epoch(self):
         "Close an epoch: 'auto' chooses again if it is time. Call it yourself in a loop of your own."
         if self.layers!='auto' or not self._epoch: return
-        for name,s in zip(self._names, torch.stack(self._epoch).mean(0).tolist()): self.history.setdefault(name, []).append(s)
+        means = torch.stack(self._epoch).mean(0).tolist()
+        for name,s in zip(self._names, means): self.history.setdefault(name, []).append(s)
         self._epoch = []
         n_epochs = len(next(iter(self.history.values())))
         if n_epochs%self.rechoose==0: self.chosen[:] = fastest_rising(self.history, self.rechoose)
@@ -159,6 +163,8 @@ class TargetedSparsity(Regularizer):
         own = dict(chosen=self.chosen, history=self.history) if self.layers=='auto' else {}
         return super().state_dict() | own
 
-    def load_state_dict(self, state):
+    def load_state_dict(self,
+        state:dict # as `state_dict` gave
+    ):
         super().load_state_dict(state)
         self._loaded = state
