@@ -38,7 +38,7 @@ class _Loop:
     def pred(self):
         logits = _logits(self.answer)
         if logits is not None: return logits
-        what = "no forward pass in training mode came before" if self.answer is None else \
+        what = "no forward pass with gradient came before" if self.answer is None else \
             f"the network returned a {type(self.answer).__name__} without logits"
         raise ValueError(f"{what}: give the outputs (B,C) yourself, penalty(y, pred=...)")
 
@@ -102,7 +102,7 @@ class attach:
             reg.learn = None
         self._loop = None
 
-    def _watching(self): return self.model.training and torch.is_grad_enabled() and not self._loop.again
+    def _watching(self): return torch.is_grad_enabled() and not self._loop.again
     def _before(self, model, args):
         if not self._watching(): return
         for reg in self.regularizers:
