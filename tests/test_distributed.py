@@ -63,7 +63,7 @@ PHANTOM = PHANTOM.replace("create_model('small_cnn', n_in=1, n_out=10, size=(8,8
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 20), torch.nn.ReLU(), torch.nn.Linear(20, 10))""")
 PHANTOM = PHANTOM.replace("from phantom_nb.regularizers.hyperspherical import MHE", """from phantom_nb.regularizers.phantom import PhantomEmbeddings, gather_batch""")
-PHANTOM = PHANTOM.replace("state = dict(", """gathered = None
+PHANTOM = PHANTOM.replace("state = dict(", """gathered = mixed = None
 if world>1:
     torch.distributed.is_initialized() or torch.distributed.init_process_group('gloo')
     rank = torch.distributed.get_rank()
@@ -71,7 +71,8 @@ if world>1:
     all_z,all_y = gather_batch(z, torch.full((2+rank,), rank))
     weight = torch.arange(1., 7.)[:,None]
     gathered = all_z.detach(),all_y,torch.autograd.grad((weight*all_z).sum(), z)[0]
-state = dict(gathered=gathered, """)
+    mixed = gather_batch(z, torch.eye(2)[rank].expand(2+rank, 2))[1]
+state = dict(gathered=gathered, mixed=mixed, """)
 
 @pytest.fixture(scope='module')
 def phantoms(tmp_path_factory):
@@ -92,3 +93,4 @@ def test_batches_of_different_lengths_are_filled_up_and_keep_their_gradient(phan
         z,y,g = o['gathered']
         assert z[:,0].tolist()==[1,1,0,2,2,2] and y.tolist()==[0,0,-1,1,1,1]
         assert g[:,0].tolist()==[[2,4],[8,10,12]][rank] # from both processes
+        assert o['mixed'].tolist()==[[1,0],[1,0],[0,0],[0,1],[0,1],[0,1]]
