@@ -152,7 +152,7 @@ def test_what_cannot_work_is_refused_with_the_remedy(batch):
     with attach(odd, Confidence()) as penalty, pytest.raises(ValueError, match="pred="):
         odd(x)
         penalty(y)
-    with attach(model, PhantomEmbeddings()) as penalty, pytest.raises(ValueError, match="labels|one class"):
+    with attach(model, PhantomEmbeddings()) as penalty, pytest.raises(ValueError, match="one label"):
         model(x)
         penalty()
     with attach(model, PhantomEmbeddings()) as penalty, pytest.raises(ValueError, match="forward|applied 0 times"): penalty(y)
