@@ -28,8 +28,8 @@ from .store import write_atomic
 SIZES = dict(digits=(200,30), fashion_mnist=(1000,40), cifar10=(1000,40), cifar100=(5000,40)) # training images, epochs
 
 def all_methods()->list: # names
-    "List the methods that differ from one another at their defaults (ours)."
-    return [name for name,method in METHODS.items() if not method.same_as]
+    "List the methods that differ from one another at their defaults, without those beside the papers (ours)."
+    return [name for name,method in METHODS.items() if not (method.same_as or method.rival)]
 
 def comparison_runs(
     data:str='digits', # a key of `DATASETS`, or a folder of images

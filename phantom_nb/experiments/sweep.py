@@ -61,7 +61,7 @@ def methods_of(
     value # a name, a list of names, or 'all'
 )->list: # names, several joined by '+'
     "Read the methods of a file; raise a `ValueError` for a wrong name (ours)."
-    names = list(METHODS) if value=='all' else listed(value)
+    names = [name for name in METHODS if not METHODS[name].rival] if value=='all' else listed(value)
     if not names: raise ValueError(f"methods={value!r}: name at least one, or write \"all\"")
     return ['+'.join(method_parts(name)) for name in names]
 
