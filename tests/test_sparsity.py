@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from phantom_nb.contract import _n_hooks, check_regularizer
 from phantom_nb.data import get_dls
-from phantom_nb.experiments import bench, traces
-from phantom_nb.experiments.runner import Run, load_results
+from phantom_nb.experiments import bench
 from phantom_nb.models import create_model
 from phantom_nb.plain import attach
 from phantom_nb.measures import sparsity as measure
@@ -551,7 +550,7 @@ def test_streaming_of_huge_values():
     assert abs(meter.values()['samples']-activation_sparsity(a, 'samples'))<1e-5 and abs(meter.values()['units']-.25)<1e-5
 
 
-# Alarms and traces
+# Alarms
 
 def test_alarms_see_the_past_only():
     s = np.r_[np.full(20, .1), np.full(20, .3)]
@@ -564,17 +563,6 @@ def test_onset(loss, want): assert overfit_onset(loss, window=1)==want
 
 @pytest.mark.parametrize('alarm,onset,want', [(10,20,'hit'), (20,20,'hit'), (9,20,'early'), (21,20,'late'), (None,20,'missed'), (3,None,'false'), (None,None,'quiet'), (0,0,'hit')])
 def test_judgement(alarm, onset, want): assert judge_alarm(alarm, onset)==want
-
-def test_traces_are_recorded_as_they_end_and_resumed(tmp_path):
-    specs = [Run(experiment='t', n_train=40, n_valid=40, epochs=2, seed=s) for s in range(3)]
-    seen = []
-    traces.trace_many(specs[:2], tmp_path/'t.jsonl', jobs=1, on_row=lambda r: seen.append(r['seed']))
-    df = traces.trace_many(specs, tmp_path/'t.jsonl', jobs=1, on_row=lambda r: seen.append(r['seed']))
-    assert seen==[0,1,2] and len(df)==3==len(load_results(tmp_path/'t.jsonl'))
-    assert [len(v) for v in df.trace[0].values()]==[2]*7 and [o.name for o in tmp_path.iterdir()]==['t.jsonl']
-    alone = traces.trace_run(specs[2])
-    assert alone['trace']==df.trace[2] and not {'accuracy','loss'}&set(alone)
-    assert len(traces.trace_many(specs+[Run(n_train=40, n_valid=40, seed=9)], tmp_path/'t.jsonl', time_budget=-1, jobs=1))==3
 
 def test_contract_of_a_signed_activation():
     def make(**kw): return TargetedSparsity(**{'layers':nn.BatchNorm2d, 'over':'units', **kw})
