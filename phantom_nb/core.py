@@ -7,8 +7,9 @@ __all__ = ['WEIGHT_TYPES', 'matches', 'select_layers', 'weight_view', 'TrainingC
            'L2Penalty', 'ActivationRegularizer', 'scalar_with_gradients', 'SecondPass', 'ReplacedLoss']
 
 # %% ../nbs/core.ipynb #94be1dac
-import copy, logging, math
+import copy, logging, math, secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -168,6 +169,7 @@ class Regularizer(TrainingCallback):
         self._resume_at = 0
         self._starting = self._fresh = False
         self._written = self._before_lr_find = None
+        self._searched = False # whether `lr_find` came last
 
     # What a method says
     def penalty(self)->Tensor: raise NotImplementedError(f"{type(self).__name__} must define penalty()")
@@ -241,13 +243,19 @@ class Regularizer(TrainingCallback):
 
     def start(self)->None:
         "Begin a fit: choose the layers, take up what was loaded, refuse what cannot work."
+        if hasattr(self.learn, 'lr_finder'): self._before_lr_find = self._snapshot()
         self.selected = self.select()
         self._fresh = True
         saved = _travelling_state(self.opt).get(self.name) if self.opt else None
-        if saved is not None and saved is not self._written: self.load_state_dict(saved)
+        if saved is not None and self._is_loaded(saved): self.load_state_dict(saved['state'])
+        self._searched = False
         self.steps,self._resume_at = self._resume_at,0
-        if hasattr(self.learn, 'lr_finder'): self._before_lr_find = copy.deepcopy(self.state_dict())
         self.setup()
+
+    def _is_loaded(self, saved):
+        "Whether a state was loaded, rather than written by the fit before and put back by `lr_find`"
+        if saved is self._written: return False
+        return not (self._searched and self._written and saved['stamp']==self._written['stamp'])
 
     def before_batch(self):
         if self.is_due(): self.open()
@@ -258,7 +266,7 @@ class Regularizer(TrainingCallback):
 
     def after_step(self):
         self.steps += 1
-        self._written = self.state_dict()
+        self._written = dict(state=self.state_dict(), stamp=secrets.randbits(60))
         if self.opt: _travelling_state(self.opt)[self.name] = self._written
 
     def after_train(self):
@@ -267,8 +275,16 @@ class Regularizer(TrainingCallback):
 
     def after_fit(self):
         self._starting = False
-        if self._before_lr_find is not None: self.load_state_dict(self._before_lr_find)
-        self._before_lr_find = None
+        if self._before_lr_find is None: return
+        self.__dict__.update(self._before_lr_find, _before_lr_find=None, _searched=True)
+
+    def _snapshot(self):
+        "Copy everything of this callback that training may change, but not the learner and its network"
+        kept = [self.learn, *self.model.modules(), *self.model.parameters()]
+        memo,copied = {id(o):o for o in kept},{}
+        for name,value in self.__dict__.items():
+            with suppress(TypeError): copied[name] = copy.deepcopy(value, memo) # a lock has no state to go back to
+        return copied
 
     # What is seen of it
     def to_frame(self)->pd.DataFrame: # step, epoch (fractional), lam, penalty, share (NaN where not measured)

@@ -201,21 +201,22 @@ def test_state_travels_with_the_optimizer(tmp_path):
         assert draws[4:8]==draws[8:12] and draws[:4]!=draws[4:8]
         assert sorted(p.name for p in (tmp_path/'models').iterdir())==['state.pth']
 
-def test_lr_find_leaves_no_trace_in_state(tmp_path):
-    "The training after it draws what it would have drawn without it"
+@pytest.mark.parametrize('fits', [0, 1])
+def test_lr_find_leaves_no_trace(fits, tmp_path):
+    "The training after it counts and draws what it would have without it, whether it is the first or not"
     def draws(find):
-        seen,cb = [],KeepsState()
-        plain = cb.penalty
-        def penalty():
-            seen.append(cb.gen.get_state().sum().item())
-            return plain()
-        cb.penalty = penalty
+        seen,cb = [],KeepsState(every=2)
         learn = learner(cb, path=tmp_path)
         with learn.no_bar():
+            for _ in range(fits): learn.fit(1)
             if find: learn.fit(2, cbs=LRFinder(num_it=6, stop_div=False))
-            seen.clear()
+            plain = cb.penalty
+            def penalty():
+                seen.append((cb.steps, cb.gen.get_state().sum().item()))
+                return plain()
+            cb.penalty = penalty
             learn.fit(1)
-        return seen
+        return seen, len(cb.records)
     assert draws(True)==draws(False)
 
 def test_two_of_one_class_have_names_of_their_own():
