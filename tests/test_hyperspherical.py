@@ -212,3 +212,25 @@ def test_callback_refuses_at_construction(option):
     with pytest.raises(ValueError, match=next(iter(option))): MHE(**option)
 
 def test_contract_of_the_paper_preset(): assert set(check_regularizer(partial(MHE.paper, half_space=True)).result) == {'kept'}
+
+@pytest.mark.parametrize('new', [False, True], ids=['set_float32_matmul_precision','fp32_precision'])
+def test_products_are_full_float32(monkeypatch, new):
+    "Forward and backward, whatever the network was trained with; and the setting is put back"
+    import phantom_nb.regularizers.energy as energy
+    seen,panels,backend = [],energy._panels,torch.backends.mkldnn.matmul
+    def watched(*args):
+        seen.append(backend.fp32_precision)
+        return panels(*args)
+    monkeypatch.setattr(energy, '_panels', watched)
+    before = backend.fp32_precision
+    try:
+        if new: backend.fp32_precision = 'bf16'
+        else: torch.set_float32_matmul_precision('medium')
+        w = torch.randn(4, 5, requires_grad=True)
+        g, = torch.autograd.grad(hyperspherical_energy(w), w, create_graph=True)
+        g.sum().backward()
+        assert seen==['ieee','ieee'] and backend.fp32_precision=='bf16'
+        assert new or torch.get_float32_matmul_precision()=='medium'
+    finally:
+        if new: backend.fp32_precision = before
+        else: torch.set_float32_matmul_precision('highest')

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import number, one_of, whole
-from .energy import Form, _check_neurons, _energy_grad, _wide, directions, radial_part
-from .energy import hyperspherical_energy
+from .energy import Form, _check_neurons, _energy_grad, _wide, directions, full_float32
+from .energy import hyperspherical_energy, radial_part
 
 # %% ../../nbs/regularizers/projections.ipynb #c27f3293
 def project(
@@ -192,8 +192,9 @@ def energy_slopes(
     "Compute the gradients of the full-space energy in the projections (eq. 2)."
     form = form._replace(half_space=False)
     def slope(y):
-        _,m,y_hat = _energy_grad(y, form)
-        return m if y_hat is None else m@y_hat
+        with full_float32():
+            _,m,y_hat = _energy_grad(y, form)
+            return m if y_hat is None else m@y_hat
     ys = [project(w, p) for w,p in zip(ws, ps)]
     vs = _batched(slope, [y.flatten(0, 2) for y in ys])
     return [gradient_in_p(v.view(y.shape)/y.shape[2], w) for v,y,w in zip(vs, ys, ws)]
