@@ -7,7 +7,7 @@ from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 
 from phantom_nb.hooks import evaluating
-from phantom_nb.measures.capture import capture, find_activations
+from phantom_nb.measures.capture import capture, capture_with_outputs, find_activations
 from phantom_nb.models import create_model
 
 tv = torchvision.models
@@ -150,3 +150,26 @@ def test_evaluating_restores_gradient_mode_and_stance():
     net = create_model('small_cnn').train()
     with evaluating(net) as m: assert not m.training and not torch.is_grad_enabled()
     assert net.training and torch.is_grad_enabled()
+
+class TwoHeads(nn.Module):
+    "Two outputs; its functions are called by a module without children, a linear one first"
+    def __init__(self):
+        super().__init__()
+        self.leaf = Leaf()
+    def forward(self, x): return self.leaf(x),x
+
+class Leaf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(4))
+    def forward(self, x): return F.relu(F.linear(x, self.w))
+
+def test_linear_functions_do_not_count_in_the_names_of_activations():
+    x = torch.randn(6, 4)
+    acts,out = capture_with_outputs(TwoHeads(), [x[:2], x[2:]])
+    assert list(acts)==['leaf'] and torch.equal(acts['leaf'], x) and torch.equal(out, x.relu())
+
+def test_activations_outside_the_network_are_none_of_its_own():
+    "Batches that are made by a generator, with activation functions of its own"
+    net,x = create_model('small_cnn', 3, size=32),images()
+    assert list(capture(net, (F.relu(part) for part in x.split(2))))==list(capture(net, [x]))

@@ -245,6 +245,7 @@ X,Y = torch.randn(12, 4, generator=gen(0)),torch.arange(12)%3
     (lambda: variance_ratio([X,X[:5]], Y), r'\[12, 5\] samples'), (lambda: distance_spread_ratio([X], Y, k=1.5), 'k=1.5'),
     (lambda: subclass_selectivity([X], Y, Y), 'has two subclasses'), (lambda: subclass_silhouette([X], Y, Y//2), 'more than one superclass'),
     (lambda: intraclass_table([X], Y, c5=1), 'c5'),
+    (lambda: class_table([X], Y, k=0), 'k=0'), (lambda: interpolation_drop(lambda b: b.softmax(1), X, Y//2, Y, bs=0), 'bs=0'),
     (lambda: interpolation_drop(lambda b: b, X, Y//2, Y), 'softmax'),
     (lambda: interpolation_drop(lambda b: b.softmax(1)[:,:2], X, Y*0, Y), 'softmax'),
     (lambda: interpolation_drop(lambda b: b.softmax(1), X, Y*0+7, Y), 'column numbers')])

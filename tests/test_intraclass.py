@@ -1,5 +1,5 @@
 "The monitor and the report on learners of all kinds: nothing of the training changes, wrong input is refused; the command"
-import matplotlib, numpy as np, pytest, torch
+import fastai.callback.schedule, matplotlib.pyplot, numpy as np, pytest, torch
 from fastai.basics import DataLoaders, Learner, MSELossFlat
 from fastai.callback.progress import ProgressCallback
 from torch import nn
@@ -61,6 +61,19 @@ def test_epochs_that_are_measured():
     assert learn.intraclass_monitor.to_frame().epoch.tolist()==[0,1]
     learn.lr_find(num_it=12, show_plot=False)
     assert learn.intraclass_monitor.to_frame().epoch.tolist()==[0,1]
+
+def test_two_monitors_have_names_of_their_own():
+    learn = learner(IntraclassMonitor(n=30), IntraclassMonitor(n=50, layers='stage3.*'))
+    learn.fit(1, 1e-2)
+    assert len(learn.intraclass_monitor.profiles().xs(1))>len(learn.intraclass_monitor_2.profiles().xs(1))
+
+def test_figures_have_a_panel_for_c0_and_a_legend():
+    learn = learner(IntraclassMonitor(n=40, interpolate=True))
+    learn.fit(1, 1e-2)
+    axs = learn.intraclass_monitor.plot()
+    shown = [t.get_text() for t in axs[0].figure.legends[0].get_texts()]
+    assert len(axs)==3 and shown==['c1','c2','c3','c4','accuracy']
+    assert len(learn.intraclass_monitor.plot(matplotlib.pyplot.subplots(1, 3)[1]))==3
 
 def test_without_subclasses():
     learn = learner(IntraclassMonitor(n=50), coarse=False)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
-from phantom_nb.measures.ranking import bootstrap_interval, conditional_information, granulated_kendall, kendall, rank_measures
-from phantom_nb.measures.ranking import rank_scores
+from phantom_nb.measures.ranking import bootstrap_draws, bootstrap_interval, bootstrap_p, conditional_information
+from phantom_nb.measures.ranking import granulated_kendall, kendall, rank_measures, rank_scores
 
 REF = json.loads((Path(__file__).parent/'reference/intraclass.json').read_text())['kendall']
 RUNS = pd.DataFrame(REF['params']).assign(m=REF['measure'], acc=REF['test_accuracy'])
@@ -94,6 +94,25 @@ def test_intervals():
     assert got.equals(again)
     assert not got.equals(bootstrap_interval(RUNS, lambda d: rank_scores(d, 'm', 'acc', HYPER), times=60, seed=1))
     assert bootstrap_interval(RUNS, lambda d: kendall(d, 'm', 'acc'), times=60).shape==(1,3)
+
+def test_p_values_count_resamples_beyond_a_bound():
+    draws = pd.Series(range(1, 100)) # 99 values, 9 of them below 10
+    assert bootstrap_p(draws)==pytest.approx(2*1/100) and bootstrap_p(draws, 9.5)==pytest.approx(2*10/100)
+    assert bootstrap_p(draws, 50)==1. and bootstrap_p(draws, 1000)==pytest.approx(2/100)
+
+def test_a_measure_without_relation_is_rarely_called_one():
+    "p-values at 0.05 over 40 data sets without any relation: two are expected, seven would happen once in two hundred times"
+    hits = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        df = pd.DataFrame(dict(m=rng.normal(size=50), acc=rng.normal(size=50)))
+        hits += bootstrap_p(bootstrap_draws(df, lambda d: kendall(d, 'm', 'acc'), times=150)[0])<=.05
+    assert hits<7
+
+def test_draws_are_those_of_the_interval():
+    def score(d): return kendall(d, 'm', 'acc')
+    draws,got = bootstrap_draws(RUNS, score, times=60, seed=3),bootstrap_interval(RUNS, score, times=60, seed=3)
+    assert len(draws)==60 and got.low.iloc[0]==draws[0].quantile(.025)
 
 def test_interval_covers_the_truth():
     "95% intervals of a rank correlation of normal variables, whose truth is 2/pi arcsin(r)"

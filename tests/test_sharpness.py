@@ -133,12 +133,24 @@ def test_all_four():
     got = sharpness_measures(net, iter(batches), draws=2, steps=11)
     assert list(got.index)==['sigma1','sigma2','alpha1','alpha2'] and got.alpha1<got.sigma1
 
-@pytest.mark.parametrize('kw,message', [(dict(target=1.5), 'target=1.5'), (dict(draws=0), 'draws=0'), (dict(steps=0), 'steps=0')])
+@pytest.mark.parametrize('kw,message', [(dict(target=1.5), 'target=1.5'), (dict(draws=0), 'draws=0'), (dict(steps=0), 'steps=0'),
+    (dict(lr=0.), 'lr=0.0'), (dict(bs=0), 'bs=0'), (dict(draws=2.5), 'draws=2.5')])
 def test_refused_with_a_sentence(kw, message):
     with pytest.raises(ValueError, match=message): sharpness(*network(), **kw)
 
 def test_labels_that_are_no_classes_are_refused():
     with pytest.raises(ValueError, match='one class a sample'): sharpness(network()[0], [(X, torch.rand(80))])
+
+
+def test_the_scale_of_layers_does_not_matter():
+    "Without batch normalization a factor passes ReLU: the same network, and nearly the same sharpness"
+    def layers(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4, bias=False))
+    net = layers()
+    y = net(X).argmax(1)
+    other = layers()
+    other.load_state_dict({k:v*8 if k[0]=='1' else v/8 for k,v in net.state_dict().items()})
+    a,b = sharpness(net, [(X, y)], draws=3),sharpness(other, [(X, y)], draws=3)
+    assert b==pytest.approx(a, rel=.15)
 
 
 # Norms

@@ -34,7 +34,7 @@ class _Tap:
         self.layers,self.keep = layers,keep
         self.rows = {} # name -> what `find_activations` says of it
         self.found = {} # name -> a (B,units) tensor a batch
-        self.batch = 0 # samples of this batch
+        self.batch = 0 # samples of this batch; 0 while no network runs
         self.samples = 0 # of all batches so far
         self.channels_last = None # output of the last linear layer; held, so that no other tensor can take its place
 
@@ -42,7 +42,7 @@ class _Tap:
 
     def look(self, call):
         x = call.x
-        if call.module is None or x.ndim<2 or len(x)!=self.batch: return
+        if not self.batch or x.ndim<2 or len(x)!=self.batch: return
         last = x is self.channels_last
         positions = x.shape[1:-1] if last else x.shape[2:]
         self.rows.setdefault(call.name, dict(function=call.function, module=type(call.module).__name__,
@@ -74,6 +74,7 @@ def _run(model, tap, batches):
                 tap.batch,tap.channels_last = len(x),None
                 tap.samples += len(x)
                 outputs.append(network(x.to(device)))
+                tap.batch = 0 # what the loader calls does not count
     return outputs
 
 # %% ../../nbs/measures/capture.ipynb #d5fc3345

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.basics import Learner, no_random
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ..checks import whole
@@ -93,6 +93,7 @@ def _plot_profile(table, ax):
     ax.set(xlabel='layer, from input to output', title='by layer, after training')
     if len(layers)<9: ax.set_xticks(range(len(layers)), layers.index, rotation=30, ha='right')
 
+# %% ../../nbs/measures/intraclass.ipynb #ac1f7aee
 class IntraclassMonitor(TrainingCallback):
     "Measure c1 to c4 over training, on a fixed sample of the training data (Carbonnelle 2021, section 5)."
     order = 60 # after the epoch's own work
@@ -122,8 +123,8 @@ class IntraclassMonitor(TrainingCallback):
         batches,idx = sample_batches(loader, self.n, self.seed)
         self.labels = torch.cat([y for _,y in batches]).cpu()
         self.sublabels = _subclass(self.subclass, loader.dataset, idx)
-        if self.interpolate and self.sublabels is None:
-            raise ValueError("interpolate=True needs subclasses: give subclass=")
+        unknown = self.interpolate and self.sublabels is None
+        if unknown: raise ValueError("interpolate=True needs subclasses: give subclass=")
         self._sample = batches
         self.tables,self.rows,self.acts = {},[],{}
         self.measure(0)
@@ -161,7 +162,7 @@ class IntraclassMonitor(TrainingCallback):
         last = self.profiles().xs(max(self.tables))
         df = self.to_frame().set_index('epoch')
         panels,own_figure = 3 if 'c0' in df else 2,axs is None
-        if own_figure: axs = plt.subplots(1, panels, figsize=(3.4*panels,2.8), layout='constrained')[1]
+        if own_figure: axs = plt.subplots(1, panels, figsize=(2.9*panels,2.6), layout='constrained')[1]
         for m in last: axs[0].plot(df[m], color=_COLOURS[m], label=m)
         axs[0].plot(df.accuracy, 'k--', lw=1, label='accuracy')
         axs[0].set(xlabel='epoch', ylabel='measure', title='network, over training')
@@ -182,7 +183,7 @@ def _most_varied(acts, y):
     return name,unit,y.unique()[c]
 
 def _report_figure(table, acts, y, vocab):
-    fig,(left,middle,right) = plt.subplots(1, 3, figsize=(10,3), layout='constrained')
+    fig,(left,middle,right) = plt.subplots(1, 3, figsize=(9,2.8), layout='constrained')
     _plot_profile(table, left)
     left.set(ylabel='measure')
     left.legend(loc='upper center', bbox_to_anchor=(.5,-.42), ncols=4)

@@ -66,9 +66,8 @@ def _random(net, x, y, gen, draws):
     "Function m -> mean accuracy under noise of size m, the expectation in (1)"
     def noise(k): return torch.randn(net.weights[k].shape, generator=gen).to(net.weights[k])
     noises = [{k:noise(k) for k in net.moved} for _ in range(draws)]
-    def accuracy(m):
-        return sum(net.accuracy(net.moved_by({k:m*v for k,v in xi.items()}), x, y) for xi in noises)/draws
-    return accuracy
+    def at(m, xi): return net.moved_by({k:m*v for k,v in xi.items()})
+    return lambda m: sum(net.accuracy(at(m, xi), x, y) for xi in noises)/draws
 
 # %% ../../nbs/measures/sharpness.ipynb #b04ad1fb
 def _worst(net, x, y, gen, steps, lr, target, bs=128):
