@@ -198,12 +198,19 @@ def _make_part(part, settings):
     for cb in pieces.cbs if every>1 else (): cb.every = every
     return pieces
 
+def _refuse_two_mixers(pieces):
+    "Two callbacks that mix labels spoil one another in fastai"
+    from fastai.callback.mixup import MixHandler
+    mixers = [part for part,p in pieces.items() if any(isinstance(cb, MixHandler) for cb in p.cbs)]
+    if len(mixers)>1: raise ValueError(f"{' and '.join(mixers)} both mix images and labels: choose one")
+
 def join_pieces(
     pieces:dict # part -> `Pieces`
 )->Pieces: # all of them in one
     "Put the pieces of several methods together; raise a `ValueError` where two set the same thing (ours)."
     plain = Pieces()
     joined = dict(cbs=tuple(cb for p in pieces.values() for cb in p.cbs))
+    _refuse_two_mixers(pieces)
     for name in ('loss_func','wd','decouple','dropout'):
         given = {part:getattr(p, name) for part,p in pieces.items() if getattr(p, name)!=getattr(plain, name)}
         if len(given)>1: raise ValueError(f"{' and '.join(given)} both set {name}: choose one")
