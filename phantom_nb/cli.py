@@ -148,6 +148,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     if seeds is not None: whole('seeds', seeds, 1, what="a whole number (5 or more for useful intervals)")
     budget,fields = seconds_of(time_budget),shared_fields(data, model, pretrained, augment, size, lr, precision)
     if epochs is not None: whole('epochs', epochs, 1)
+    if epochs==1: fields.pop('frozen', None) # nothing is left after the head's epoch
     Run(**{**fields, 'frozen':0})
     from phantom_nb.experiments import plan, runner
     from phantom_nb.experiments.report import show_comparison

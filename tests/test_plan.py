@@ -41,12 +41,12 @@ def test_what_is_asked_for_stays():
     with pytest.raises(ValueError, match='time_budget=0'): divide_time(0, 1., 1.)
 
 def test_plan_is_kept_for_the_same_wishes(tmp_path):
-    def make(budget): return lambda: plan_comparison(Run(), budget, methods=['dropout'], seeds=2, device='cpu', jobs=1)
-    a,fit = kept_plan(tmp_path/'plan.json', make(600), dict(seconds=600))
+    def make(budget): return lambda: plan_comparison(Run(epochs=2), budget, methods=['dropout'], seeds=2, device='cpu', jobs=1)
+    a,fit = kept_plan(tmp_path/'plan.json', make(6000), dict(seconds=600))
     b,again = kept_plan(tmp_path/'plan.json', lambda: pytest.fail("planned anew"), dict(seconds=600))
     assert a==b and fit.epochs==again.epochs and [run.seed for run in a]==[0,0,1,1] and a[0].n_valid==200 and a[0].test
     asked = []
-    kept_plan(tmp_path/'plan.json', lambda: asked.append(1) or make(600)(), dict(seconds=601))
+    kept_plan(tmp_path/'plan.json', lambda: asked.append(1) or make(6000)(), dict(seconds=601))
     assert asked
 
 def test_validation_images():
@@ -93,7 +93,7 @@ def test_compare_on_a_folder_without_test_images_cross_validates(photos, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     assert not has_test_images(str(photos))
-    args = ['compare', '--data', './photos', '--size', '16', '--methods', 'none,dropout', '--epochs', '2', '--seeds', '3', '--time-budget', '5m', '--jobs', '1']
+    args = ['compare', '--data', './photos', '--size', '16', '--methods', 'none,dropout', '--epochs', '2', '--seeds', '3', '--time-budget', '60m', '--jobs', '1']
     for sitting in (1,2):
         with pytest.raises(SystemExit) as e: cli.main(args)
         out = capsys.readouterr()
