@@ -1,5 +1,6 @@
 "The monitor and the report on learners of all kinds: nothing of the training changes, wrong input is refused; the command"
-import fastai.callback.schedule, matplotlib.pyplot, numpy as np, pytest, torch
+import fastai.callback.schedule # chkstyle: ignore
+import matplotlib.pyplot, numpy as np, pytest, torch
 from fastai.basics import DataLoaders, Learner, MSELossFlat
 from fastai.callback.progress import ProgressCallback
 from torch import nn

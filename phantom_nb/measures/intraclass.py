@@ -186,7 +186,7 @@ def _report_figure(table, acts, y, vocab):
     fig,(left,middle,right) = plt.subplots(1, 3, figsize=(9,2.8), layout='constrained')
     _plot_profile(table, left)
     left.set(ylabel='measure')
-    left.legend(loc='upper center', bbox_to_anchor=(.5,-.42), ncols=4)
+    left.legend(loc='upper center', bbox_to_anchor=(.5,-.5), ncols=4)
     by_class = class_table(acts, y).c3
     names = [str(vocab[i]) if vocab is not None and 0<=i<len(vocab) else str(i) for i in by_class.index]
     middle.bar(names, by_class.max(axis=1), width=.6)
@@ -198,7 +198,7 @@ def _report_figure(table, acts, y, vocab):
     for values,label in ((a[own], f'class {names[list(by_class.index).index(int(c))]}'), (a[~own], 'other classes')):
         right.hist(values, bins, density=True, histtype='stepfilled', alpha=.55, label=label)
     right.set(title=f'unit {unit} of {layer}, largest c3', xlabel='pre-activation', ylabel='density')
-    right.legend(loc='upper center', bbox_to_anchor=(.5,-.42), ncols=2)
+    right.legend(loc='upper center', bbox_to_anchor=(.5,-.5), ncols=2)
     return fig
 
 # %% ../../nbs/measures/intraclass.ipynb #2dce1dbc
