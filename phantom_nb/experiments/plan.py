@@ -157,7 +157,7 @@ def plan_comparison(
     n_gpus = torch.cuda.device_count() if device is None else 0
     jobs,threads = share_out(1000, jobs, n_gpus)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    if jobs>1: torch.set_num_threads(threads) # as the engines do
     try: step = step_seconds(replace(run, method='none', settings=()), root, device, steps=3)
     finally: torch.set_num_threads(before)
     n = run.n_train or len(images.y_train)-run.n_valid
