@@ -9,6 +9,7 @@ __all__ = ['silhouette_cosine', 'cosine_distance_std', 'unit_selectivity', 'laye
 
 # %% ../../nbs/measures/clustering.ipynb #b89b9da5
 import math
+from collections.abc import Callable
 from functools import wraps
 
 import numpy as np, pandas as pd, torch
@@ -372,7 +373,7 @@ def _drop(predict, start, end, column, bs):
 
 @torch.no_grad()
 def interpolation_drop(
-    predict, # function of a batch of inputs -> (B, superclasses) probabilities
+    predict:Callable, # of a batch of inputs -> (B, superclasses) probabilities
     x:Tensor, # (N,...) float inputs; arrays work too
     superclass:Tensor, # (N,) superclass of each sample, a column of `predict`
     subclass:Tensor, # (N,) subclass of each sample, whole numbers

@@ -156,7 +156,7 @@ class IntraclassMonitor(TrainingCallback):
         return pd.concat(self.tables, names=['epoch','layer'])
 
     def plot(self,
-        axs=None # two matplotlib axes, three with c0; made if None
+        axs:list|None=None # two matplotlib axes, three with c0; made if None
     )->list: # the axes
         "Plot the measures over epochs, and by layer after the last; ValueError before a fit."
         last = self.profiles().xs(max(self.tables))
