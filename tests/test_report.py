@@ -4,7 +4,7 @@ from matplotlib.colors import to_rgba
 from pathlib import Path
 from rich.console import Console
 
-from phantom_nb.experiments.report import (BETTER, NEITHER, WORSE, as_markdown, as_rich, direction_words, filter_rows, front_figure, house_style,
+from phantom_nb.experiments.report import (BETTER, NEITHER, WORSE, as_markdown, as_rich, direction_words, filter_rows, front_figure, house_style, metric_words,
     plot_comparison, plot_comparisons, show_results, tell_apart, verdict)
 from phantom_nb.experiments.stats import comparison, comparisons
 from test_stats import LUCK, RUNS, frame, null_frame
@@ -111,7 +111,7 @@ def test_pictures_of_many_comparisons(many):
     names = tick_names(axs[0,0])
     assert 'none' not in names.values()
     for ax,(k,o) in zip(axs.flat, t.groupby(level=[0,1], sort=False)):
-        assert ax.get_title()==f'{k[0]}, {k[1]}' and places(ax, names)==pytest.approx((o.droplevel([0,1])['diff'].dropna()*100).to_dict())
+        assert ax.get_title('left')==f'{k[0]}, {k[1]}' and places(ax, names)==pytest.approx((o.droplevel([0,1])['diff'].dropna()*100).to_dict())
 
 def test_loss_is_drawn_in_its_own_unit():
     df = frame().rename(columns=dict(accuracy='loss'))
@@ -129,13 +129,15 @@ def test_a_method_that_was_not_run_is_named_as_such(many):
 
 def test_long_names_leave_room_for_the_panels():
     long = 'phantom_contrast lam=0.3 tau=0.1 weights=dirichlet detach=True queue=8 k=16 mode=contrast centre=False'
-    runs = {'none' if k=='none' else f'{k} {long}':v for k,v in RUNS.items()}
-    for axs in (plot_comparison(comparison(frame(runs))), plot_comparisons(comparisons(frame(runs, data='x', n_train=9))).flat):
+    runs = {f'{k} {long}':v for k,v in RUNS.items()}
+    df,kw = frame(runs, data='x', n_train=9),dict(baseline=f'none {long}')
+    for axs in (plot_comparison(comparison(df, **kw)), plot_comparisons(comparisons(df, **kw)).flat):
         fig = axs[0].figure
         fig.draw_without_rendering()
         for ax in axs: assert ax.get_position().width*fig.get_figwidth()>1.5, 'inches'
         boxes = [t.get_window_extent() for t in axs[0].get_yticklabels()]
         assert min(b.x0 for b in boxes)>=0 and all(a.y1<=b.y0 or b.y1<=a.y0 for i,a in enumerate(boxes) for b in boxes[:i])
+        assert max(len(line) for ax in axs for line in ax.get_xlabel().split('\n'))<=40
         plt.close(fig)
 
 def test_no_line_for_two_seeds():
@@ -166,6 +168,9 @@ def test_names_hold_the_settings_that_vary_and_no_other():
 def test_columns_that_differ_tell_comparisons_apart():
     df = pd.concat([rows([None, {}], model=m) for m in ('small_cnn','vgg')], ignore_index=True)
     assert tell_apart(df)[1]==['data','n_train','model']
+
+@pytest.mark.parametrize('metric,words', [('accuracy','test accuracy'), ('valid_accuracy','validation accuracy'), ('train_loss','training loss'), ('gap','gap')])
+def test_a_metric_is_named_with_its_images(metric, words): assert metric_words(metric)==words
 
 def test_filters():
     df = rows([None, dict(lam=.1)])
