@@ -19,7 +19,7 @@ from .projections import split_coordinates
 
 # %% ../../nbs/regularizers/comhe.ipynb #c8cd5519
 DEFAULTS = dict(random=dict(k=40, m=1, redraw=1, steps=0), expected=dict(k=40, m=1, redraw=0, steps=0),
-    angle=dict(k=30, m=1, redraw=0, steps=1), adversarial=dict(k=30, m=1, redraw=0, steps=10),
+    angle=dict(k=30, m=1, redraw=0, steps=1), adversarial=dict(k=30, m=1, redraw=0, steps=1),
     group=dict(k=9, m=8, redraw=1, steps=0))
 ROLES = 'project','half','full','skip'
 
@@ -82,7 +82,7 @@ class CoMHE(MHE):
         **kwargs # further options of `CoMHE`
     ): # the callback
         "Make `CoMHE` as the authors ran it: their epsilon, number of projections and rate (rmlin/CoMHE at 4ac9898)."
-        many = dict(random=dict(m=20), group=dict(m=0, redraw=0)).get(projection, {})
+        many = dict(random=dict(m=20), adversarial=dict(steps=10), group=dict(m=0, redraw=0)).get(projection, {})
         return cls(projection, lam, **{'eps':1e-4, 'p_lr':None, **many, **kwargs})
 
     # Before a fit
