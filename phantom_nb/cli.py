@@ -44,7 +44,7 @@ def words(seconds:float)->str:
 # %% ../nbs/cli.ipynb #73412cfd
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Regularizers and over-fitting diagnostics for image classifiers trained on little data.")
-BENCH_NAMES = 'energy','comhe','phantom','sparsity','monitor','measures','loop','step'
+BENCH_NAMES = 'energy','comhe','phantom','sparsity','monitor','measures','rivals','loop','step'
 ENGINE_NAMES = 'local','ray'
 PICTURES = '.png','.svg','.pdf'
 
