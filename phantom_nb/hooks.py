@@ -77,8 +77,8 @@ def _hook_module(name, module, names, before, after):
         call = open_calls.pop()
         call.out = out
         if after: after(call)
-    return [module.register_forward_pre_hook(start, with_kwargs=True),
-        module.register_forward_hook(stop, with_kwargs=True)]
+    first = module.register_forward_pre_hook(start, with_kwargs=True)
+    return [first, module.register_forward_hook(stop, with_kwargs=True)]
 
 # %% ../nbs/hooks.ipynb #4e983a59
 class _Functions(TorchFunctionMode):

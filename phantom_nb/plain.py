@@ -79,8 +79,8 @@ class attach:
 
     def __enter__(self): # the context itself, called as `penalty(y)`
         self._loop = loop = _Loop(self.model, self.total)
-        self._handles = [self.model.register_forward_pre_hook(self._before, prepend=True),
-            self.model.register_forward_hook(self._after)]
+        first = self.model.register_forward_pre_hook(self._before, prepend=True)
+        self._handles = [first, self.model.register_forward_hook(self._after)]
         try:
             for reg in self.regularizers:
                 reg.learn = loop

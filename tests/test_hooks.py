@@ -41,8 +41,7 @@ def test_hooks_go_after_errors_and_the_next_pass_is_named_afresh(error):
         if len(seen)==1: raise error
     with pytest.raises(error), catch(model, {'act':model.act}, {F.silu:'silu'}, before=stop): model(torch.randn(2, 3))
     assert n_hooks(model)==0
-    with catch(model, {'act':model.act}, {F.silu:'silu'}, before=stop):
-        model(torch.randn(2, 3))
+    with catch(model, dict(act=model.act), {F.silu:"silu"}, before=stop): model(torch.randn(2, 3))
     assert seen[1:]==['act','act:2','silu']
 
 def test_wrappers_are_looked_through():
