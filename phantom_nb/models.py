@@ -9,7 +9,6 @@ __all__ = ['SIDES', 'MODELS', 'small_cnn', 'Residual', 'resnet9', 'cnn9', 'vgg',
 # %% ../nbs/models.ipynb #a7695deb
 import math
 from collections import OrderedDict
-from functools import partial
 from inspect import signature
 from pathlib import Path
 
@@ -267,6 +266,7 @@ MODELS = dict(small_cnn=small_cnn, plain_cnn=plain_cnn, resnet9=_resnet9, cnn9=c
 
 def _options(name): return signature(foreign_model if is_foreign(name) else MODELS[name]).parameters
 
+# %% ../nbs/models.ipynb #bc065148
 def _check_options(name, options):
     "Raise ValueError for an option that network `name` doesn't have"
     has = _options(name)
@@ -276,6 +276,7 @@ def _check_options(name, options):
         hint = f"the networks that have it are {others}" if others else f"its options are {', '.join(has)}"
         raise ValueError(f"{name} has no option {option}={value!r}: {hint}")
 
+# %% ../nbs/models.ipynb #bad63769
 def create_model(
     name:str, # a key of `MODELS`, 'timm:NAME' or 'torchvision:NAME'
     n_in:int=1, # channels of the images, at least 1
@@ -301,7 +302,7 @@ def create_model(
         if seed is not None: torch.default_generator.manual_seed(seed)
         if is_foreign(name): return foreign_model(name, **options, pretrained=pretrained, weights=weights)
         net = MODELS[name](**options)
-    return net if weights is None else load_weights(net, read_weights(weights), f"the weights in {str(weights)!r}")
+        return net if weights is None else load_weights(net, read_weights(weights), f"the weights in {str(weights)!r}")
 
 # %% ../nbs/models.ipynb #c9dcbd04
 def model_stats(

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'LIBRARIES', 'last_layer', 'first_convolution', 'fit_channels', 'set_module', 'keep_inputs',
-           'read_weights', 'load_weights', 'packaged_weights', 'unknown_model', 'data_config', 'is_foreign',
-           'foreign_model', 'param_groups']
+           'read_weights', 'start_small', 'load_weights', 'packaged_weights', 'unknown_model', 'data_config',
+           'is_foreign', 'foreign_model', 'param_groups']
 
 # %% ../nbs/pretrained.ipynb #2d83d048
 import difflib, pickle
 import torch, torchvision
 from collections.abc import Iterable
-from inspect import signature
 from pathlib import Path
 from torch import Tensor, nn
 from .checks import number, whole
@@ -34,6 +33,7 @@ def first_convolution(
     if not convs: raise ValueError(f"{type(model).__name__} has no convolution: it cannot take other channels")
     return convs[0]
 
+# %% ../nbs/pretrained.ipynb #620b0a12
 def fit_channels(
     w:Tensor, # (n,c,h,w) kernels that read c channels
     n_in:int # channels to read instead
@@ -79,6 +79,15 @@ def read_weights(
         raise ValueError(f"weights={str(path)!r} is not a state dict: save it with torch.save(model.state_dict(), path)")
     return {name.replace('_orig_mod.', '').removeprefix('module.'): v for name,v in state.items()}
 
+# %% ../nbs/pretrained.ipynb #2ba54d9c
+def start_small(
+    model:nn.Module # network with a new classifier, changed in place
+):
+    "Draw the classifier with standard deviation 0.01 and no bias, so that it begins undecided (ours)."
+    _,layer = last_layer(model)
+    nn.init.normal_(layer.weight, std=.01)
+    if layer.bias is not None: nn.init.zeros_(layer.bias)
+
 def _some(names): return ', '.join(list(names)[:5]) + ', …'*(len(names) > 5)
 
 def load_weights(
@@ -89,8 +98,9 @@ def load_weights(
     "Load weights that fit in all but the classifier and the input channels; ValueError that names what doesn't (ours)."
     own,state = model.state_dict(),dict(state)
     first,(last,_) = first_convolution(model)[0]+'.weight',last_layer(model)
-    for name in (f'{last}.weight', f'{last}.bias'): # other classes: leave the classifier as it was drawn
-        if name in own and (name not in state or state[name].shape != own[name].shape): state[name] = own[name]
+    ends = [name for name in (f'{last}.weight', f'{last}.bias') if name in own]
+    new_head = any(name not in state or state[name].shape != own[name].shape for name in ends)
+    if new_head: state |= {name: own[name] for name in ends}
     if first in state and state[first].dim() == 4: state[first] = fit_channels(state[first], own[first].shape[1])
     counters = {name for name in own if name.endswith('num_batches_tracked')} # absent from old files, of no effect
     missing = sorted(own.keys() - state.keys() - counters)
@@ -102,6 +112,7 @@ def load_weights(
     if said: raise ValueError(f"{source} don't fit {type(model).__name__} ({'; '.join(said)}). "
         "Were they saved from this network, with the same width and depth?")
     model.load_state_dict(state, strict=False)
+    if new_head: start_small(model)
     return model
 
 # %% ../nbs/pretrained.ipynb #6acb11c4
@@ -135,6 +146,7 @@ def unknown_model(
     guess = f": did you mean {' or '.join(near)}?" if near else f"; list them with {library}'s list_models()"
     return ValueError(f"{library} has no network {name!r}{guess}")
 
+# %% ../nbs/pretrained.ipynb #947a68df
 def _timm_model(name, n_in, n_out, size, dropout, pretrained):
     timm = _timm()
     if not timm.is_model(name): raise unknown_model('timm', name, timm.list_models())
@@ -144,11 +156,13 @@ def _timm_model(name, n_in, n_out, size, dropout, pretrained):
     if pretrained and name.split('.')[0] == PACKAGED:
         state = packaged_weights(timm.create_model(PACKAGED))
         if state is not None: return load_weights(timm.create_model(name, **options), state, 'the packaged weights')
-    try: return timm.create_model(name, pretrained=pretrained, **options)
+    try: model = timm.create_model(name, pretrained=pretrained, **options)
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise ConnectionError(f"the weights of timm:{name} were not fetched ({str(e).splitlines()[0]}); "
             "give a file with weights=FILE") from e
+    if pretrained and n_out != config.num_classes: start_small(model)
+    return model
 
 # %% ../nbs/pretrained.ipynb #13913e95
 def _torchvision_model(name, n_in, n_out, dropout, pretrained):

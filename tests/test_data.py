@@ -18,10 +18,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-import phantom_nb.data.images as images, phantom_nb.data.readers as readers
-from phantom_nb.data import (Augment, BatchTransforms, DATASETS, ImageData, ImageDL, ImageLoaders, ImageSet, available, balanced_subset,
-    channel_stats, find_images, get_dls, load_dataset, long_tail, make_augment, noisy_labels, read_idx, read_image, resized_crop_mat,
-    split_pool)
+import phantom_nb.data.readers as readers
+from phantom_nb.data import (Augment, DATASETS, ImageData, ImageDL, ImageLoaders, ImageSet, available, balanced_subset,
+    channel_stats, get_dls, load_dataset, read_idx, split_pool)
 
 SCANS = load_digits().images
 

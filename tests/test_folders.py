@@ -68,7 +68,7 @@ def test_valid_without_test_is_what_nothing_is_chosen_on(tmp_path):
     assert [len(dl.dataset) for dl in dls] == [54, 6, 7] and "test images from 'val'" in dls.source
 
 def test_one_folder_of_classes_is_cut_by_name(tmp_path):
-    root = tree(tmp_path/'d', {'a': 11, 'b': 4, 'c': 2})
+    root = tree(tmp_path/'d', dict(a=11, b=4, c=2))
     found = find_images(root)
     names = {k: [str(Path(f).relative_to(root)) for f in v] for k,v in found.files.items()}
     assert names['test'] == ['a/img9.png', 'a/img10.png', 'b/img3.png', 'c/img1.png']

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from phantom_nb.models import MODELS, PreActBlock, Residual, cnn9, create_model, model_stats, resnet18, resnet9, small_cnn, vgg, wrn
 
 NAMES = list(MODELS)
-READS = dict(small_cnn={8,16,28,32,48}, plain_cnn={8,16,28,32,48}, resnet9={8,16,28,32,48}, cnn9={32}, vgg={16,28,32,48}, wrn={8,16,28,32,48}, resnet18={8,16,28,32,48})
+ANY = {8,16,28,32,48}
+READS = dict(small_cnn=ANY, plain_cnn=ANY, resnet9=ANY, cnn9={32}, vgg=ANY-{8}, wrn=ANY, resnet18=ANY)
 # thin copies of the slow networks, where only structure matters
 THIN = dict(small_cnn={}, plain_cnn={}, resnet9=dict(width=.25), cnn9=dict(width=.125), vgg=dict(width=.125), wrn=dict(width=.25), resnet18={})
 

@@ -8,7 +8,6 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 import fastai.callback.schedule # chkstyle: ignore
 from torch import nn
-from torch.nn import functional as F
 
 from phantom_nb.data import get_dls
 from phantom_nb.models import MODELS, create_model
@@ -37,8 +36,10 @@ def test_weights_of_our_own_networks(saved):
     same = create_model('small_cnn', 3, 10, seed=1, weights=file).eval()
     assert torch.equal(same(images(2, 3, 32)), net.eval()(images(2, 3, 32)))
     other = create_model('small_cnn', 3, 4, seed=1, weights=str(file))
-    fresh = create_model('small_cnn', 3, 4, seed=1)
-    assert torch.equal(other.head.fc.weight, fresh.head.fc.weight) and not torch.equal(other.stage1[0].conv.weight, fresh.stage1[0].conv.weight)
+    again = create_model('small_cnn', 3, 4, seed=1, weights=file)
+    assert torch.equal(other.stage1[0].conv.weight, net.stage1[0].conv.weight)
+    assert torch.equal(other.head.fc.weight, again.head.fc.weight) # drawn anew, small, by the seed
+    assert other.head.fc.weight.std().item()==pytest.approx(.01, rel=.2) and not other.head.fc.bias.any()
 
 def test_other_channels_read_a_grey_image_alike(saved):
     net,file = saved

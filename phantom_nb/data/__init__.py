@@ -11,8 +11,8 @@ from importlib import import_module
 # %% ../../nbs/data/index.ipynb #be70296b
 _rooms = dict(
     registry='DATASETS DatasetSpec dataset_spec',
-    images='ImageData ImageFolder cached_images channel_stats check_memory decode_images find_images image_bytes load_folder '
-        'read_image resize_images',
+    images='ImageData ImageFolder cached_images channel_stats check_memory decode_images find_images image_bytes load_folder '\
+    'read_image resize_images',
     readers='available find_dataset is_folder load_dataset read_idx search_places',
     subsets='balanced_queue balanced_subset long_tail noisy_labels split_pool',
     augment='AUGMENTATIONS Augment BatchTransforms ResizedCrop make_augment resized_crop_mat',

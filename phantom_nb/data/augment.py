@@ -11,7 +11,7 @@ import numpy as np, torch
 import torchvision.transforms.v2.functional as TVF
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fastai.torch_core import TensorBase, TensorImage, TensorImageBW, no_random
+from fastai.torch_core import TensorImage, TensorImageBW, no_random
 from fastai.vision.augment import AffineCoordTfm, Flip, affine_mat, aug_transforms, setup_aug_tfms
 from fasttransform import Pipeline, Transform
 from torch import Tensor
@@ -72,10 +72,11 @@ class ResizedCrop(AffineCoordTfm):
     def __init__(self,
         min_scale:float=.35, # smallest share of the area, in (0,1]
         ratio:tuple[float,float]=(3/4, 4/3), # narrowest and widest aspect ratio, width over height
+        align_corners:bool=False, # are -1 and 1 the centres of the outermost pixels (True) or their outer edges?
         **kwargs # of `AffineCoordTfm`: `mode`, `pad_mode`, ...
     ):
         self.min_scale,self.crop_ratio = min_scale,ratio
-        super().__init__(self.matrices, **kwargs)
+        super().__init__(self.matrices, align_corners=align_corners, **kwargs)
 
     def matrices(self, x): return resized_crop_mat(x, self.min_scale, self.crop_ratio)
 
@@ -123,5 +124,5 @@ def make_augment(
     if augment == 'none': return None
     if augment == 'crop': return Augment(side//8, flip, padding)
     mirror = [Flip()] if flip else []
-    if augment == 'resized': return BatchTransforms([*mirror, ResizedCrop()])
-    return BatchTransforms([*aug_transforms(do_flip=flip, max_zoom=1.), ResizedCrop()])
+    if augment == 'resized': return BatchTransforms([ResizedCrop(), *mirror])
+    return BatchTransforms([ResizedCrop(), *aug_transforms(do_flip=flip, max_zoom=1.)])

@@ -246,6 +246,7 @@ def _check_device(sets, device):
     free = torch.cuda.mem_get_info(device)[0]*.8 # the network needs some too
     check_memory(sum(map(len, sets)), sets[0].x.shape[1:], f'the GPU {device}', free)
 
+# %% ../../nbs/data/loaders.ipynb #cec3cdc3
 def get_dls(
     data:str|Path|ImageData='digits', # a key of `DATASETS`, a folder of images, or a data set in memory
     n_train:int|None=None, # training images, class-balanced; default: all that don't validate

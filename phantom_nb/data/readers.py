@@ -9,7 +9,7 @@ __all__ = ['SYSTEM_FOLDER', 'IDX_FILES', 'Found', 'find_digits', 'idx_paths', 'i
 
 # %% ../../nbs/data/readers.ipynb #5f9c6dfe
 import gzip, os, tempfile, zlib
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 import torchvision.datasets as tv
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,6 +79,7 @@ def read_idx(
     except (AssertionError, IndexError, KeyError, RuntimeError, ValueError) as e:
         raise ValueError(f"{path} is cut short, or no idx file of unsigned bytes: {e}") from e
 
+# %% ../../nbs/data/readers.ipynb #8f72880e
 def find_idx(
     name:str, # a key of `DATASETS`
     folder:Path, # holds the four files

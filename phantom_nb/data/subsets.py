@@ -57,8 +57,8 @@ def split_pool(
     per_class:int|None=None, # training images a class, instead of `n_train`
 )->tuple[Tensor,Tensor]: # (n_train,) and (n_valid,) int64 indices into `y`
     "Split a pool into training and validation images; ValueError for impossible sizes (ours)."
-    if per_class is not None and n_train is not None:
-        raise ValueError(f"n_train={n_train} and per_class={per_class}: give one of them")
+    both = per_class is not None and n_train is not None
+    if both: raise ValueError(f"n_train={n_train} and per_class={per_class}: give one of them")
     order,_,full = balanced_queue(y, seed)
     count = y.bincount()[y.unique()]
     classes = len(count)
