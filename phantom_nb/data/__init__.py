@@ -9,15 +9,16 @@ __all__ = []
 from importlib import import_module
 
 # %% ../../nbs/data/index.ipynb #be70296b
-_rooms = dict(
-    registry='DATASETS DatasetSpec dataset_spec',
-    images='ImageData ImageFolder cached_images channel_stats check_memory decode_images find_images image_bytes load_folder '\
-    'read_image resize_images',
-    readers='available find_dataset is_folder load_dataset read_idx search_places',
-    subsets='balanced_queue balanced_subset long_tail noisy_labels split_pool',
-    augment='AUGMENTATIONS Augment BatchTransforms ResizedCrop make_augment resized_crop_mat',
-    loaders='ImageDL ImageLoaders ImageSet data_stats get_dls')
-_room_of = {name: room for room,names in _rooms.items() for name in names.split()}
+_rooms = """
+registry DATASETS DatasetSpec dataset_spec
+images ImageData ImageFolder cached_images channel_stats check_memory decode_images find_images image_bytes load_folder
+images read_image resize_images
+readers available find_dataset is_folder load_dataset read_idx search_places
+subsets balanced_queue balanced_subset long_tail noisy_labels split_pool
+augment AUGMENTATIONS Augment BatchTransforms ResizedCrop make_augment resized_crop_mat
+loaders ImageDL ImageLoaders ImageSet data_stats get_dls"""
+_lines = [line.split() for line in _rooms.strip().splitlines()]
+_room_of = {name: room for room,*names in _lines for name in names}
 __all__ = list(_room_of)
 
 def __getattr__(name):
