@@ -225,9 +225,13 @@ class Regularizer(TrainingCallback):
         stride = self.every*max(1, min(self.probe_every, short))
         if self.steps % stride or self.learn.loss is None or is_compiled(self.model): return math.nan
         if not term.requires_grad: return 0.
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        penalty,data = gradient_norm(term, parameters),gradient_norm(self.learn.loss, parameters)
+        penalty,data = self._norms(term)
         return penalty/(penalty+data)
+
+    def _norms(self, term):
+        "Norms of the gradients of a term and of the data loss"
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        return gradient_norm(term, parameters), gradient_norm(self.learn.loss, parameters)
 
     def _record(self, *row):
         if self._fresh: self.records = [] # of the fit before
@@ -320,6 +324,7 @@ class ActivationRegularizer(Regularizer):
     "Base for penalties on activations: `self.acts` is name -> tensor of this batch, gradient attached (ours)."
     types = (nn.ReLU, nn.GELU, nn.SiLU)
     decomposes = False
+    acts = {} # name -> tensor of this batch, empty ahead of a forward pass
     inputs = False # whether `acts` are what the layers are given rather than what they put out
     _hooks = None
 
@@ -400,8 +405,7 @@ class SecondPass(Regularizer):
         return [g if id(w) in ids else torch.zeros_like(g) for w,g in zip(weights, gradients)]
 
     def after_loss(self):
-        source = getattr(self.learn.loss.grad_fn, 'next_functions', ((None, 0),))[0][0] # fastai: loss = loss_grad.clone()
-        self._alone = self.lam_now()>0 and self.is_due() and source is self.learn.loss_grad.grad_fn
+        self._alone = self.lam_now()>0 and self.is_due() and _is_copy(self.learn.loss, self.learn.loss_grad)
         term = self.term()
         self.close()
         if term is not None and term.requires_grad:
@@ -410,11 +414,7 @@ class SecondPass(Regularizer):
             self.learn.loss_grad = data + term
         self._alone,self._here,self._weights = False,[],[]
 
-    def _share(self, term):
-        "Share of the gradient (eq. 1), from the gradients at hand"
-        if not term.requires_grad: return 0.
-        added,data = gradient_norm(term, self._weights),nn.utils.get_total_norm(self._here)
-        return added/(added+data)
+    def _norms(self, term): return gradient_norm(term, self._weights), nn.utils.get_total_norm(self._here)
 
     def _gradients(self, loss, weights, **options):
         "Gradients, of the scaled loss on the way: half precision would lose small ones"
@@ -449,6 +449,13 @@ class SecondPass(Regularizer):
         device = next(self.model.parameters()).device.type
         self._autocast = torch.is_autocast_enabled(device),torch.get_autocast_dtype(device)
         return super().term()
+
+def _is_copy(copy, original):
+    "Whether one tensor is made from another by copying alone, as fastai makes `loss` from `loss_grad`"
+    node = copy.grad_fn
+    while node is not None and node is not original.grad_fn and node.name() in ('AliasBackward0','CloneBackward0'):
+        node = node.next_functions[0][0]
+    return node is original.grad_fn
 
 def _random_state(device):
     "Random states that a pass on `device` draws from"

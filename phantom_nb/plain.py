@@ -29,7 +29,7 @@ class _Loop:
         self.iter = self.train_iter = 0
         self.pct_train = 0. if total else None
         self.answer = self.loss = self.loss_grad = None
-        self.yb = ()
+        self.xb = self.yb = ()
 
     @property
     def y(self): return self.yb[0] if len(self.yb)==1 else self.yb
@@ -105,6 +105,7 @@ class attach:
     def _watching(self): return torch.is_grad_enabled() and not self._loop.again
     def _before(self, model, args):
         if not self._watching(): return
+        self._loop.xb = args
         for reg in self.regularizers:
             reg.close() # of a forward pass that no penalty followed
             if reg.is_due(): reg.open()

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..checks import one_of, whole
 from ..core import Regularizer
-from ..hooks import catch, is_compiled, unwrap
+from ..hooks import catch, is_compiled
 
 # %% ../../nbs/regularizers/smoothness.ipynb #caa11e86
 def gradient_penalty(
@@ -81,26 +81,22 @@ class GradientPenalty(Regularizer):
     ):
         super().__init__(lam, every, layers)
         self.of = one_of('of', of, ('loss', 'logit'))
-        self._hooks = self._x = None
+        self._x = None
 
     def setup(self):
         if is_compiled(self.model): raise ValueError("GradientPenalty differentiates twice, and compiled code can do so once: do not compile")
 
     def open(self):
         self.close()
-        def mark(call):
-            self._x = call.x
-            if not (isinstance(call.x, Tensor) and call.x.is_floating_point()):
-                raise ValueError(f"the network reads {getattr(call.x, 'dtype', type(call.x).__name__)}: GradientPenalty needs floating-point inputs")
-            self._marked = not call.x.requires_grad
-            if self._marked: call.x.requires_grad_()
-        self._hooks = catch(self.model, {'':unwrap(self.model)}, before=mark)
-        self._hooks.__enter__()
+        x = self.learn.xb[0] if len(self.learn.xb) else None
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            raise ValueError(f"the network reads {getattr(x, 'dtype', type(x).__name__)}: GradientPenalty needs floating-point inputs")
+        self._x,self._marked = x,not x.requires_grad
+        x.requires_grad_()
 
     def close(self):
-        if self._hooks: self._hooks.__exit__(None, None, None)
         if self._x is not None and self._marked: self._x.requires_grad_(False) # then no gradient is kept for the batch
-        self._hooks = self._x = None
+        self._x = None
 
     def penalty(self):
         if self._x is None: raise ValueError("no forward pass ahead of the penalty: call the network first")

@@ -1,0 +1,135 @@
+"SAM, ASAM and AMP: the second pass leaves no trace, whatever else trains along"
+import copy
+import pytest, torch
+from fastai.basics import Callback, Learner, SGD
+from fastai.callback.training import GradientAccumulation
+from torch import nn
+from torch.nn import functional as F
+
+from phantom_nb.contract import check_regularizer
+from phantom_nb.core import L2Penalty, SecondPass
+from phantom_nb.data import get_dls
+from phantom_nb.plain import attach
+from phantom_nb.regularizers.flatness import AMP, SAM, amp_displacement, sam_displacement
+
+def network(dropout=0., bn=True):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4) if bn else nn.Identity(), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(144, 10))
+
+def learner(*cbs, bs=32, model=None, **options):
+    torch.manual_seed(1)
+    dls = get_dls('digits', n_train=64, n_valid=20, bs=bs, device='cpu')
+    learn = Learner(dls, model or network(), opt_func=SGD, lr=.1, cbs=list(cbs), **options)
+    learn.logger,learn.create_mbar = (lambda *_: None),False
+    return learn
+
+def trained(*cbs, epochs=1, **options):
+    learn = learner(*cbs, **options)
+    with learn.no_bar(): learn.fit(epochs)
+    return learn
+
+def same(a, b, tol=1e-6): return all(torch.allclose(x.float(), y.float(), atol=tol) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+def test_lengths():
+    w,g = [torch.randn(3, 4), torch.randn(5)],[torch.randn(3, 4), torch.randn(5)]
+    norm = nn.utils.get_total_norm
+    assert torch.isclose(norm(sam_displacement(w, g, .3)), torch.tensor(.3))
+    scaled = [e/(v.abs()+.01) for e,v in zip(sam_displacement(w, g, .3, adaptive=True), w)]
+    assert torch.isclose(norm(scaled), torch.tensor(.3))
+    assert norm(amp_displacement(g, lambda d: g, eps=.3, lr=1., steps=4))<=.3+1e-6
+    assert all((e==0).all() for e in sam_displacement(w, [torch.zeros_like(v) for v in g], .3))
+
+@pytest.mark.parametrize('make', [lambda: SAM(rho=0.), lambda: AMP(eps=0.)])
+def test_no_radius_is_plain_training(make): assert same(trained(make(), model=network(.5)), trained(model=network(.5)))
+
+def test_dropout_drops_the_same_units_in_both_passes():
+    sam = SAM(rho=0.)
+    trained(sam, model=network(.5))
+    assert all(abs(row[3])<1e-7 for row in sam.records)
+
+def test_accumulation_takes_each_micro_batch_by_itself():
+    class Grads(Callback):
+        order = 90
+        def before_step(self): self.grads = [p.grad.clone() for p in self.model.parameters()]
+    ours = trained(SAM(rho=.2), GradientAccumulation(64), Grads(), model=network(bn=False)).grads.grads
+    model = network(bn=False)
+    torch.manual_seed(1)
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for x,y in get_dls('digits', n_train=64, n_valid=20, bs=32, device='cpu').train:
+        weights = list(model.parameters())
+        step = sam_displacement(weights, torch.autograd.grad(F.cross_entropy(model(x), y), weights), .2)
+        moved = copy.deepcopy(model)
+        for p,e in zip(moved.parameters(), step): p.data.add_(e)
+        total = [t+g/2 for t,g in zip(total, torch.autograd.grad(F.cross_entropy(moved(x), y), list(moved.parameters())))]
+    assert all(torch.allclose(a, b, atol=1e-6) for a,b in zip(ours, total))
+
+def test_scaled_loss_gives_the_same_gradients():
+    class Scaler:
+        def get_scale(self): return 1024.
+    plain,scaled = learner(SAM(.2)),learner(SAM(.2))
+    scaled.scaler = Scaler()
+    for learn in (plain, scaled):
+        with learn.no_bar(): learn.fit(1)
+    assert same(plain, scaled)
+
+def test_an_error_in_the_second_pass_puts_everything_back():
+    class Breaks(SecondPass):
+        def displacement(self, weights, gradients, gradients_at): return [torch.ones_like(w) for w in weights]
+        def _loss_again(self): raise RuntimeError('broken')
+    learn = learner(Breaks())
+    before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises(RuntimeError, match='broken'), learn.no_bar(): learn.fit(1)
+    after = learn.model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if not k.startswith('1.')) # statistics moved in the first pass
+    assert after['1.num_batches_tracked']==1
+
+def test_frozen_and_unchosen_weights_stay():
+    model = network()
+    for p in model[0].parameters(): p.requires_grad_(False)
+    first = model[0].weight.clone()
+    learn = trained(SAM(.2), model=model)
+    assert torch.equal(learn.model[0].weight, first)
+    seen = []
+    class Watch(SAM):
+        def displacement(self, weights, gradients, gradients_at):
+            seen[:] = super().displacement(weights, gradients, gradients_at)
+            return list(seen)
+    trained(Watch(.2, layers='output'))
+    assert [bool((e!=0).any()) for e in seen]==[False]*4+[True]*2
+
+def test_a_penalty_keeps_its_gradient_at_the_weights():
+    "SAM alone hands its gradient over; with a penalty the sum goes through the graph: both give the same"
+    class Spy(Callback):
+        order = 90
+        def before_step(self): self.grads = getattr(self, 'grads', None) or [p.grad.clone() for p in self.model.parameters()]
+    def grads(*cbs): return trained(*cbs, Spy()).spy.grads
+    none,sam,l2,both = grads(),grads(SAM(.2)),grads(L2Penalty(1.)),grads(L2Penalty(1.), SAM(.2))
+    assert all(torch.allclose(b-n, (s-n)+(l-n), atol=1e-6) for n,s,l,b in zip(none, sam, l2, both))
+
+def test_plain_loop_equals_a_learner():
+    learn,model = trained(SAM(.2)),network()
+    opt = torch.optim.SGD(model.parameters(), .1)
+    torch.manual_seed(1)
+    with attach(model, SAM(.2)) as penalty:
+        for x,y in get_dls('digits', n_train=64, n_valid=20, bs=32, device='cpu').train:
+            loss = F.cross_entropy(model(x), y)
+            opt.zero_grad()
+            (loss+penalty(y, loss=loss, again=lambda: F.cross_entropy(model(x), y))).backward()
+            opt.step()
+    assert all(torch.allclose(a.float(), b.float(), atol=1e-6) for a,b in zip(model.state_dict().values(), learn.model.state_dict().values()))
+
+def test_refusals():
+    with pytest.raises(ValueError, match='choose one'): trained(SAM(), AMP())
+    with pytest.raises(ValueError, match='rho=-1'): SAM(rho=-1)
+    with pytest.raises(ValueError, match='steps=0'): AMP(steps=0)
+    with attach(network(), SAM()) as penalty, pytest.raises(ValueError, match='again='): penalty()
+
+def test_the_contract_words_its_promises(): assert 'running statistics' in check_regularizer(SAM, points=[1]).promise[1]
+
+def test_the_contract_catches_a_second_pass_that_leaves_traces():
+    class MovesStatistics(SAM):
+        def _pass(self, weights, displacement):
+            result = super()._pass(weights, displacement)
+            next(b for b in self.model.buffers() if b.is_floating_point()).add_(1.)
+            return result
+    with pytest.raises(AssertionError, match='running statistics'): check_regularizer(MovesStatistics, points=[1])

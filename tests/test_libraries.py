@@ -1,0 +1,35 @@
+"Adapters of other libraries, and all pairs of methods"
+import pytest, torch
+from torchvision.transforms import v2
+
+from phantom_nb.experiments.learner import make_learner
+from phantom_nb.experiments.libraries import AugmentImages, StochasticDepth
+from phantom_nb.experiments.methods import make_method
+from phantom_nb.experiments.pairs import FAMILIES, pair_outcome
+from phantom_nb.experiments.run import Run
+
+RUN = Run(n_train=32, bs=16, epochs=1, model='resnet9', width=.125)
+
+def test_images_change_anew_in_every_epoch_and_the_loader_is_given_back():
+    learn = make_learner(Run(n_train=32, bs=16, epochs=2, augment='crop', method='trivial_augment'), device='cpu')
+    before,seen = learn.dls.train.augment,[]
+    learn.fit(2, cbs=type('Look', (AugmentImages,), {'__init__':lambda self: None, 'before_fit':lambda self: None, 'after_fit':lambda self: None,
+        'before_batch':lambda self: seen.append(self.x.clone())})())
+    assert learn.dls.train.augment is before and not any(torch.equal(a, b) for a,b in zip(seen[:2], seen[2:]))
+
+def test_floating_point_recipes_are_refused():
+    with pytest.raises(ValueError, match="augment='crop'"):
+        make_learner(Run(n_train=32, bs=16, epochs=1, augment='resized', method='trivial_augment'), device='cpu').fit(1)
+
+def test_stochastic_depth_needs_residual_blocks():
+    with pytest.raises(ValueError, match='no residual blocks'): make_learner(Run(n_train=32, epochs=1, method='stochastic_depth'), device='cpu').fit(1)
+    with pytest.raises(ValueError, match='p=1'): StochasticDepth(1)
+
+def test_two_mixers_are_refused():
+    with pytest.raises(ValueError, match='both mix'): make_method('mixup+cutmix')
+
+@pytest.mark.parametrize('first', ['sam', 'isda', 'gradient_penalty', 'normalize_project', 'ema'])
+def test_pairs_work_or_are_refused(first):
+    outcomes = {second:pair_outcome(first, second) for second in FAMILIES if second!=first}
+    assert {outcome for outcome,_ in outcomes.values()} <= {'works','refused'}, outcomes
+    assert all(len(why)>20 for outcome,why in outcomes.values() if outcome=='refused')

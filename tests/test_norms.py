@@ -1,0 +1,57 @@
+"Normalize-and-project: lengths stay, functions too"
+import copy
+import pytest, torch
+from fastai.basics import Learner, SGD
+from fastai.callback.training import GradientAccumulation
+from torch import nn
+
+from phantom_nb.data import get_dls
+from phantom_nb.plain import attach
+from phantom_nb.regularizers.norms import NormalizeAndProject, project_norm, weight_norm
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 12), nn.LayerNorm(12), nn.ReLU(), nn.Linear(12, 10))
+
+def fit(*cbs, epochs=3, model=None, wd=None):
+    learn = Learner(get_dls('digits', n_train=64, n_valid=20, bs=16, device='cpu'), model or network(), opt_func=SGD, lr=.5, cbs=list(cbs), wd=wd)
+    learn.logger,learn.create_mbar = (lambda *_: None),False
+    with learn.no_bar(): learn.fit(epochs)
+    return learn
+
+@pytest.mark.parametrize('cbs', [(), (GradientAccumulation(32),)])
+def test_lengths_stay_where_they_are_free(cbs):
+    first = {i:weight_norm(network()[i]).item() for i in (0, 4, 7)}
+    model = fit(NormalizeAndProject(), *cbs, wd=.1).model
+    assert [weight_norm(model[i]).item() for i in (0, 4)]==pytest.approx([first[0], first[4]], rel=1e-5)
+    assert abs(weight_norm(model[7]).item()/first[7]-1)>1e-3
+
+@pytest.mark.parametrize('train', [True, False])
+def test_the_function_stays(train):
+    learn = fit()
+    model = learn.model.double().train(train)
+    for m in (model[1], model[5]): m.eps = 1e-12
+    moved,x = copy.deepcopy(model),torch.randn(9, 1, 8, 8, dtype=torch.float64)
+    for i in (0, 4): project_norm(moved[i], moved[i+1], weight_norm(moved[i])/5)
+    assert torch.allclose(model(x), moved(x), atol=1e-6) and not torch.allclose(model[0].weight, moved[0].weight)
+
+def test_halfway():
+    model = network()
+    norm = weight_norm(model[0]).item()
+    project_norm(model[0], model[1], 4*norm, lam=.5)
+    assert weight_norm(model[0]).item()==pytest.approx(2*norm, rel=1e-5)
+    model[0].weight.data.zero_()
+    project_norm(model[0], model[1], 1.)
+    assert (model[0].weight==0).all()
+
+def test_record_shows_the_growth():
+    growth = [row[3] for row in fit(NormalizeAndProject()).normalize_and_project.records]
+    assert growth[0]==0 and all(g>0 for g in growth[1:])
+
+def test_refusals():
+    with pytest.raises(ValueError, match='no normalisation'): fit(NormalizeAndProject(), model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    with pytest.raises(ValueError, match='project_norm'): attach(network(), NormalizeAndProject())
+    with pytest.raises(ValueError, match='lam=2'): NormalizeAndProject(2)
+    model = network()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(ValueError, match='parametrized'): fit(NormalizeAndProject(), model=model)

@@ -1,0 +1,71 @@
+"ISDA: logits, moments, and what is refused"
+import pytest, torch
+from fastai.basics import Learner, SGD
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.losses import LabelSmoothingCrossEntropyFlat
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from phantom_nb.data import get_dls
+from phantom_nb.plain import attach
+from phantom_nb.regularizers.semantic import ISDA, isda_logits, merge_moments
+
+@settings(max_examples=20, deadline=None)
+@given(b=st.integers(1, 9), c=st.integers(2, 7), d=st.integers(1, 5), diagonal=st.booleans())
+def test_logits_never_fall_and_the_right_one_stays(b, c, d, diagonal):
+    z,weight,root = torch.randn(b, d, dtype=torch.float64),torch.randn(c, d, dtype=torch.float64),torch.randn(c, d, d, dtype=torch.float64)
+    cov,y = root@root.mT,torch.randint(c, (b,))
+    logits = z@weight.T
+    moved = isda_logits(logits, y, weight, cov.diagonal(dim1=1, dim2=2) if diagonal else cov, .7)
+    assert (moved>=logits-1e-9).all() and torch.allclose(moved.gather(1, y[:,None]), logits.gather(1, y[:,None]))
+    assert F.cross_entropy(moved, y)>=F.cross_entropy(logits, y)-1e-9
+
+def test_gradients():
+    gen = torch.Generator().manual_seed(0)
+    logits,weight = [torch.randn(s, generator=gen, dtype=torch.float64, requires_grad=True) for s in ((6,3), (3,4))]
+    cov,y = torch.randn(3, 4, 4, generator=gen, dtype=torch.float64),torch.randint(3, (6,), generator=gen)
+    cov = (cov@cov.mT).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, w: isda_logits(a, y, w, cov, .5), (logits, weight))
+    assert torch.autograd.grad(isda_logits(logits, y, weight, cov, .5).sum(), cov, allow_unused=True)==(None,)
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5), diagonal=st.booleans())
+def test_merging_is_exact(sizes, diagonal):
+    z,y = torch.randn(sum(sizes), 3, dtype=torch.float64),torch.randint(4, (sum(sizes),))
+    moments = None
+    for part in torch.arange(len(z)).split(sizes): moments = merge_moments(moments, z[part], y[part], 4, diagonal)
+    once = merge_moments(None, z, y, 4, diagonal)
+    assert all(torch.allclose(a, b, atol=1e-10) for a,b in zip(moments, once))
+
+def fit(*cbs, epochs=1, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 10))
+    learn = Learner(get_dls('digits', n_train=64, n_valid=20, bs=32, device='cpu'), model, opt_func=SGD, lr=.1, cbs=list(cbs), **options)
+    learn.logger,learn.create_mbar = (lambda *_: None),False
+    with learn.no_bar(): learn.fit(epochs)
+    return learn
+
+def test_strength_rises_from_the_first_step():
+    assert [row[2] for row in fit(ISDA(.8), epochs=2).isda.records]==pytest.approx([.2, .4, .6, .8])
+
+def test_moments_begin_anew_with_a_fit_and_count_every_image():
+    learn = fit(ISDA(.5), epochs=2)
+    assert learn.isda.moments[0].sum()==128
+    with learn.no_bar(): learn.fit(1)
+    assert learn.isda.moments[0].sum()==64
+
+def test_the_learners_own_loss_is_moved():
+    penalties = [fit(ISDA(5.), loss_func=loss).isda.records[1][3] for loss in (None, LabelSmoothingCrossEntropyFlat(eps=.3))]
+    assert all(p>0 for p in penalties) and penalties[0]!=penalties[1]
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixed_labels_are_refused(mix):
+    with pytest.raises(ValueError, match='leave one of the two out'): fit(ISDA(), mix())
+
+def test_soft_labels_in_a_plain_loop_are_refused():
+    model,x = nn.Sequential(nn.Linear(4, 3)),torch.randn(5, 4)
+    with attach(model, ISDA(), total=3) as penalty:
+        model(x)
+        with pytest.raises(ValueError, match='one class an image'): penalty(torch.rand(5, 3))
+    with pytest.raises(ValueError, match='give total='): attach(model, ISDA())

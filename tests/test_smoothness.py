@@ -1,0 +1,68 @@
+"Spectral norms against dense matrices, gradient penalties that leave the batch alone"
+import pytest, torch
+from fastai.basics import Learner, SGD
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from phantom_nb.data import get_dls
+from phantom_nb.plain import attach
+from phantom_nb.regularizers.smoothness import GradientPenalty, SpectralPenalty, spectral_norm
+
+def dense_norm(layer, shape):
+    unit = torch.eye(torch.Size(shape).numel(), dtype=torch.float64).view(-1, *shape)
+    with torch.no_grad(): return torch.linalg.matrix_norm((layer(unit)-layer(torch.zeros_like(unit))).flatten(1).T, 2)
+
+@settings(max_examples=15, deadline=None)
+@given(stride=st.integers(1, 3), padding=st.integers(0, 2), dilation=st.integers(1, 2), groups=st.sampled_from([1, 2]), side=st.integers(5, 8))
+def test_convolutions(stride, padding, dilation, groups, side):
+    layer = nn.Conv2d(2, 4, 3, stride, padding, dilation, groups).double()
+    assert torch.allclose(spectral_norm(layer, (side, side), 3000), dense_norm(layer, (2, side, side)), rtol=1e-4)
+
+def test_shapes_are_refused_by_name():
+    with pytest.raises(ValueError, match='in_shape=None'): spectral_norm(nn.Conv2d(1, 1, 3))
+    with pytest.raises(ValueError, match='no linear map'): spectral_norm(nn.ReLU(), (3, 3))
+    with pytest.raises(ValueError, match='steps=0'): spectral_norm(nn.Linear(3, 3), steps=0)
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+
+def fit(*cbs, epochs=1):
+    learn = Learner(get_dls('digits', n_train=64, n_valid=20, bs=32, device='cpu'), network(), opt_func=SGD, lr=.05, cbs=list(cbs))
+    learn.logger,learn.create_mbar = (lambda *_: None),False
+    with learn.no_bar(): learn.fit(epochs)
+    return learn
+
+def test_spectral_penalty_follows_the_weights():
+    learn = fit(SpectralPenalty(.01), epochs=20)
+    value = learn.spectral_penalty.records[-1][3]
+    model = learn.model.double()
+    exact = .5*(dense_norm(model[0], (1, 8, 8))**2 + torch.linalg.matrix_norm(model[3].weight, 2)**2)
+    assert abs(value/exact.item()-1)<.03 # of the step before the last, one round of power iteration a step
+
+def test_gradient_penalty_leaves_the_batch_alone():
+    model,x,y = network(),torch.randn(6, 1, 8, 8),torch.arange(6)
+    with attach(model, GradientPenalty(.1)) as penalty:
+        loss = F.cross_entropy(model(x), y)
+        (loss+penalty(y, loss=loss)).backward()
+    assert not x.requires_grad and x.grad is None and all(p.grad is not None for p in model.parameters())
+
+@pytest.mark.parametrize('of', ['loss', 'logit'])
+def test_gradient_penalty_by_hand(of):
+    model,x,y = network(),torch.randn(6, 1, 8, 8),torch.arange(6)
+    with attach(model, GradientPenalty(1., of=of)) as penalty:
+        model(x)
+        ours = penalty(y)
+    total = 0.
+    for i in range(6):
+        xi = x[i:i+1].clone().requires_grad_()
+        out = model(xi)
+        value = F.cross_entropy(out, y[i:i+1]) if of=='loss' else out[0,y[i]]
+        total += torch.autograd.grad(value, xi)[0].square().sum()/6
+    assert torch.isclose(ours, total, rtol=1e-4)
+
+def test_integers_and_compiled_networks_are_refused():
+    embed = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match='floating-point'), attach(embed, GradientPenalty()): embed(torch.zeros(4, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match='do not compile'), attach(torch.compile(network()), GradientPenalty()): pass
