@@ -174,3 +174,8 @@ def test_recorded_rows_keep_their_keys():
     rows = [json.loads(o) for p in (ROOT/'results').glob('*.jsonl') for o in p.read_text().splitlines() if '"key"' in o]
     assert len(rows)>=70
     for r in rows: assert Run(**{f.name:r[f.name] for f in fields(Run) if f.name in r}).key==r['key']
+
+@pytest.mark.skipif(not shutil.which('g++'), reason="torch.compile needs a C++ compiler")
+def test_compiled_run_in_sixteen_bits():
+    row = train_run(replace(QUICK, compile=True, precision='bf16'))
+    assert row['status']=='done', row.get('error')

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import phantom_nb
-from ..core import Regularizer
+from ..core import Regularizer, TrainingCallback
 from ..data import ImageLoaders, get_dls, load_dataset
 from .methods import Pieces, make_method
 from .run import Run, step_points
@@ -50,28 +50,23 @@ def schedule_of(
     return steps
 
 # %% ../../nbs/experiments/learner.ipynb #3483da2b
-class Bfloat16(Callback):
+class Bfloat16(TrainingCallback):
     "Run the forward pass of training in bfloat16 where PyTorch holds that safe, on any device (PyTorch's autocast)."
     order = 10
-    def before_fit(self):
-        self.entered = []
-        enter,leave = self.model.register_forward_pre_hook(self.enter), self.model.register_forward_hook(self.leave, always_call=True)
-        self.handles = [enter, leave]
+    context = None
 
-    def enter(self, module, args):
-        if not module.training: return
-        context = torch.autocast(self.dls.device.type, dtype=torch.bfloat16)
-        context.__enter__()
-        self.entered.append(context)
-
-    def leave(self, module, args, out):
-        if self.entered: self.entered.pop().__exit__(None, None, None)
+    def before_batch(self):
+        if not self.training: return
+        self.context = torch.autocast(self.dls.device.type, dtype=torch.bfloat16)
+        self.context.__enter__()
 
     def after_pred(self):
+        self.close()
         if self.training: self.learn.pred = self.pred.float()
 
-    def after_fit(self):
-        for handle in self.handles: handle.remove()
+    def close(self): # after the forward pass, and after any error in it
+        if self.context: self.context.__exit__(None, None, None)
+        self.context = None
 
 # %% ../../nbs/experiments/learner.ipynb #8c6fa43c
 def product_types(
