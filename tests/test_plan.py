@@ -1,5 +1,5 @@
 "Comparisons that fit a time: what is given up, what chooses, what judges, and what is said at the end"
-import json, os, re
+import json, re
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
