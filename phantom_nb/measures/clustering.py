@@ -43,8 +43,6 @@ def _codes(labels, x, what='labels'):
     if labels.is_floating_point(): raise ValueError(f"{what} are {labels.dtype}: give whole numbers, one a class")
     return labels.unique(return_inverse=True)
 
-
-
 # %% ../../nbs/measures/clustering.ipynb #01d5cd58
 def _finite(values):
     if values.isfinite().all(): return values
@@ -201,8 +199,6 @@ def _mean_std(n, total, squares):
 
 # %% ../../nbs/measures/clustering.ipynb #39ef683a
 def _alive(x): return x.amax(0)>=0 # units (U,) that reach zero somewhere
-
-
 
 # %% ../../nbs/measures/clustering.ipynb #dd6e1985
 def _hierarchy(x, superclass, subclass):
