@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 import pandas as pd, torch
-from fastai.basics import Callback, Learner
+from fastai.basics import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import to_float
@@ -120,7 +120,8 @@ class TrainingCallback(Callback):
 
     def __reduce_ex__(self, protocol):
         if self.learn is None: return super().__reduce_ex__(protocol)
-        logging.getLogger('phantom_nb').warning(f"{type(self).__name__} is for training alone: it is left out of the exported learner")
+        message = f"{type(self).__name__} is for training alone: it is left out of the exported learner"
+        logging.getLogger('phantom_nb').warning(message)
         return Callback, ()
 
     def __deepcopy__(self, memo):
@@ -370,23 +371,26 @@ class SecondPass(Regularizer):
     def displacement(self,
         weights:list, # parameters that get a gradient
         gradients:list, # of the data loss at `weights`
-        gradients_at # function: displacement -> gradients there, one more pass
+        gradients_at:Callable # function: displacement -> gradients there, one more pass
     )->list: # a tensor for each weight
         raise NotImplementedError(f"{type(self).__name__} must define displacement()")
 
     def setup(self):
         others = [cb for cb in getattr(self.learn, 'cbs', []) if isinstance(cb, Regularizer) and cb is not self]
         names = [type(cb).__name__ for cb in others]
+        own = type(self).__name__
         for cb,name in zip(others, names):
-            if cb.kind=='second_pass': raise ValueError(f"{type(self).__name__} and {name} both move the weights: choose one")
-        if names and is_compiled(self.model): raise ValueError(f"{type(self).__name__} with {', '.join(names)} goes twice "
-            "through one graph, which is not safe on a compiled network: leave one out, or do not compile")
+            if cb.kind=='second_pass': raise ValueError(f"{own} and {name} both move the weights: choose one")
+        if names and is_compiled(self.model):
+            raise ValueError(f"{own} with {', '.join(names)} goes twice through one graph, which is not safe on a "
+                "compiled network: leave one out, or do not compile")
 
     def open(self): self._random = _random_state(next(self.model.parameters()).device)
 
     def penalty(self):
         found = [p for p in self.model.parameters() if p.requires_grad]
-        if self.learn.loss is None: raise ValueError(f"{type(self).__name__} needs the data loss: penalty(y, loss=loss, again=...)")
+        if self.learn.loss is None:
+            raise ValueError(f"{type(self).__name__} needs the data loss: penalty(y, loss=loss, again=...)")
         here = self._gradients(self.learn.loss, found, retain_graph=not self._alone, allow_unused=True)
         self._weights = [p for p,g in zip(found, here) if g is not None]
         self._here = [g for g in here if g is not None]
@@ -483,7 +487,7 @@ class ReplacedLoss(Regularizer):
     )->Tensor: # (B,C) what the loss gets in their place; `pred` itself at lam=0
         raise NotImplementedError(f"{type(self).__name__} must define outputs()")
 
-    def factor(self, lam): return self.every*float(lam>0)
+    def factor(self, lam:float): return self.every*float(lam>0)
     def penalty(self):
         pred = self.learn.pred
         if not isinstance(pred, Tensor):

@@ -262,7 +262,8 @@ def _resnet9(n_in=3, n_out=10, size=32, width=1., dropout=0.):
     "`resnet9` with a factor for a width, as the others have it"
     return resnet9(n_in, n_out, size, _scaled(32, width, 'width'), dropout)
 
-MODELS = dict(small_cnn=small_cnn, plain_cnn=plain_cnn, resnet9=_resnet9, cnn9=cnn9, vgg=vgg, wrn=wrn, resnet18=resnet18)
+MODELS = dict(small_cnn=small_cnn, plain_cnn=plain_cnn, resnet9=_resnet9, cnn9=cnn9, vgg=vgg, wrn=wrn,
+    resnet18=resnet18)
 
 def _options(name): return signature(foreign_model if is_foreign(name) else MODELS[name]).parameters
 
@@ -293,7 +294,8 @@ def create_model(
     "Build a network by name; ValueError for a name, size or option that does not exist (ours)."
     if name not in MODELS and not is_foreign(name):
         raise ValueError(f"unknown model {name!r}: use one of {', '.join(MODELS)}, timm:NAME or torchvision:NAME")
-    options |= {factor: value for factor,value in dict(width=width, depth=depth).items() if factor in _options(name) or value!=1}
+    factors = dict(width=width, depth=depth)
+    options |= {factor: value for factor,value in factors.items() if factor in _options(name) or value!=1}
     options |= dict(n_in=whole('n_in', n_in), n_out=whole('n_out', n_out), size=size, dropout=dropout)
     _check_options(name, options)
     if pretrained and not is_foreign(name):

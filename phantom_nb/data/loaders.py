@@ -7,7 +7,7 @@ __all__ = ['ORDER', 'CROPS', 'TRANSFORMS', 'ImageSet', 'ImageDL', 'ImageLoaders'
 
 # %% ../../nbs/data/loaders.ipynb #003a9a1a
 import numpy as np, torch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 # `fastai.vision.learner` is imported for its effect: it teaches `show_batch` and `show_results` to draw images.
 import fastai.vision.learner # chkstyle: ignore
@@ -116,11 +116,11 @@ class ImageDL(TfmdDL):
     @property
     def device(self): return self.dataset.x.device
     @device.setter
-    def device(self, device):
+    def device(self, device:str|torch.device|None):
         TfmdDL.device.fset(self, device)
         if device is not None: self.dataset = self.dataset.to(device)
 
-    def new(self, dataset=None, cls=None, **kwargs):
+    def new(self, dataset:ImageSet|None=None, cls:type|None=None, **kwargs):
         "Copy the loader, with some arguments changed (fastai)."
         state = {k: getattr(self, k) for k in 'seed augment channels_last epoch'.split()}
         return super().new(dataset, cls, **merge(state, kwargs))
@@ -138,7 +138,7 @@ class ImageDL(TfmdDL):
         yield from map(self.after_batch, self.create_batches(self.get_idxs()))
         self.after_iter()
 
-    def create_batches(self, samps):
+    def create_batches(self, samps:Iterable):
         "Yield the batches of the images numbered `samps`, in that order (fastai)."
         order = torch.as_tensor(samps if isinstance(samps, np.ndarray) else list(samps))
         first = order[::self.bs].tolist() # known before the order moves to the device, so nothing waits for it
@@ -152,15 +152,15 @@ class ImageDL(TfmdDL):
         "Count a complete pass (fastai)."
         self.epoch += 1
 
-    def decode(self, b):
+    def decode(self, b:tuple):
         "Undo the normalisation of a batch, on the CPU (fastai)."
         x,*y = to_cpu(b)
         ds = self.dataset
         x = (x*ds.scale.cpu() + ds.shift.cpu())/255
         return ((TensorImageBW if len(ds.mean) == 1 else TensorImage)(x.clamp(0,1)), *map(TensorCategory, y))
 
-    def show_batch(self, b=None, max_n=9, unique=False, **kwargs):
-        "Show `b`, the first batch of the next pass, or (`unique`) the first image as it comes in `max_n` passes (fastai)."
+    def show_batch(self, b:tuple|None=None, max_n:int=9, unique:bool=False, **kwargs):
+        "Show `b`, the next pass's first batch, or (`unique`) its first image as `max_n` passes give it (fastai)."
         if unique and b is None:
             at = int(self.get_idxs()[0])
             i = torch.tensor([at], device=self.device)
@@ -222,7 +222,8 @@ def data_stats(
         values = torch.as_tensor(values, dtype=torch.float32).flatten()
         if len(values) != channels and channels == 1: values = values.mean()[None]
         if len(values) == 1: values = values.expand(channels)
-        if len(values) != channels: raise ValueError(f"{name} has {len(values)} numbers, but images {channels} channels")
+        if len(values) != channels:
+            raise ValueError(f"{name} has {len(values)} numbers, but images {channels} channels")
         fitted.append(values.clone())
     number('std', float(fitted[1].min()), above=0)
     return tuple(fitted)
@@ -250,10 +251,10 @@ def _check_device(sets, device):
 def get_dls(
     data:str|Path|ImageData='digits', # a key of `DATASETS`, a folder of images, or a data set in memory
     n_train:int|None=None, # training images, class-balanced; default: all that don't validate
-    n_valid:int|None=None, # validation images, class-balanced; default: a tenth of each class, or the set's own; 0 for none
+    n_valid:int|None=None, # validation images, class-balanced; default: the set's own or a tenth of each class; 0: none
     bs:int=64, # training images in a batch, at least 1
     seed:int=0, # of subset, order and augmentation; at least 0
-    augment:bool|str|Augment|Sequence[Transform]|None=False, # a recipe ('auto', 'none', 'crop', 'resized', 'full'), True: 'crop'
+    augment:bool|str|Augment|Sequence[Transform]|None=False, # a recipe: auto, none, crop (also True), resized, full
     device:str|torch.device|None=None, # default: fastai's, the GPU if there is one
     root:str|Path|None=None, # a folder to look in first
     val_bs:int|None=None, # images in a batch of validation and test; default: twice `bs`
@@ -276,7 +277,8 @@ def get_dls(
     train,valid = split_pool(data.y_train, n_train, 0 if own_valid else n_valid, split_seed, per_class)
     train = train[long_tail(data.y_train[train], imbalance)]
     if coarse and len(data.coarse_names) == len(data.classes):
-        raise ValueError(f"coarse=True: {data.name} has no superclasses; name them by folders train/<superclass>/<class>")
+        remedy = 'name them by folders train/<superclass>/<class>'
+        raise ValueError(f"coarse=True: {data.name} has no superclasses; {remedy}")
     if stats is not None:
         mean,std = data_stats(stats, data.x_train.shape[1])
         data = replace(data, mean=mean, std=std)

@@ -19,7 +19,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import extract_archive
-from .images import (ImageData, SPLITS, cached_images, class_folders, image_files, load_folder, plain_name)
+from .images import ImageData, SPLITS, cached_images, class_folders, image_files, load_folder
+from .images import plain_name
 from .registry import DATASETS, dataset_spec
 
 # %% ../../nbs/data/readers.ipynb #9185dc66
@@ -126,7 +127,8 @@ def _tree_files(name, split):
     "The image files of a split and their labels, in the order of classes; ValueError for other classes than these"
     label = {plain_name(c): i for i,c in enumerate(dataset_spec(name).classes)}
     folders = class_folders(split)
-    if not folders: raise ValueError(f"{name}: no class folders in {split}; expected train/<class>/* and test/<class>/*")
+    if not folders:
+        raise ValueError(f"{name}: no class folders in {split}; expected train/<class>/* and test/<class>/*")
     lost,odd = sorted(label.keys() - folders.keys()),sorted(folders.keys() - label.keys())
     if lost or odd: raise ValueError(f"{name}: {split} has {len(folders)} class folders, expected {len(label)}"
         + f"; missing: {', '.join(lost[:5])}"*bool(lost) + f"; unknown: {', '.join(odd[:5])}"*bool(odd))

@@ -27,7 +27,8 @@ def balanced_queue(
 
 def _checked_size(what, n, low, high):
     "Return `n` if it is a whole number in [low, high]"
-    return whole(what, n, at_least=low, at_most=high, what='a whole number, from one image a class to the most there is,')
+    wanted = 'a whole number, from one image a class to the most there is,'
+    return whole(what, n, at_least=low, at_most=high, what=wanted)
 
 def balanced_subset(
     y:Tensor, # (N,) labels
@@ -47,7 +48,8 @@ def _first_of_each(order, y, k):
     "The first `k` images of each class in a queue"
     rank = _rank_in_class(y[order])
     most = int(rank.max())+1
-    return order[rank < whole('per_class', k, at_most=most, what='a whole number, up to the images of the largest class,')]
+    wanted = 'a whole number, up to the images of the largest class,'
+    return order[rank < whole('per_class', k, at_most=most, what=wanted)]
 
 def split_pool(
     y:Tensor, # (N,) labels of the pool
@@ -85,7 +87,8 @@ def long_tail(
     classes,label = y.unique(return_inverse=True)
     last = max(len(classes)-1, 1)
     # rounded before the floor: 100*10**-1. is 9.999999999999998 in some powers
-    keep = (label.bincount().max()*imbalance**(-torch.arange(len(classes), dtype=torch.float64)/last)).round(decimals=6).floor()
+    place = torch.arange(len(classes), dtype=torch.float64)/last
+    keep = (label.bincount().max()*imbalance**-place).round(decimals=6).floor()
     return (_rank_in_class(y) < keep.clamp(min=1)[label]).nonzero().flatten()
 
 # %% ../../nbs/data/subsets.ipynb #a46df82b
