@@ -90,7 +90,7 @@ def _plot_profile(table, ax):
     "Draw the measures over depth"
     layers = table.drop('network')
     for m in layers: ax.plot(range(len(layers)), layers[m], 'o-', color=_COLOURS[m], label=m)
-    ax.set(xlabel='layer, from input to output', title='by layer, after training')
+    ax.set(xlabel='layer, from input to output', ylabel='measure', title='by layer, after training')
     if len(layers)<9: ax.set_xticks(range(len(layers)), layers.index, rotation=30, ha='right')
 
 # %% ../../nbs/measures/intraclass.ipynb #ac1f7aee
@@ -185,7 +185,6 @@ def _most_varied(acts, y):
 def _report_figure(table, acts, y, vocab):
     fig,(left,middle,right) = plt.subplots(1, 3, figsize=(9,2.8), layout='constrained')
     _plot_profile(table, left)
-    left.set(ylabel='measure')
     left.legend(loc='upper center', bbox_to_anchor=(.5,-.5), ncols=4)
     by_class = class_table(acts, y).c3
     names = [str(vocab[i]) if vocab is not None and 0<=i<len(vocab) else str(i) for i in by_class.index]
