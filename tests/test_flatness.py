@@ -28,7 +28,9 @@ def trained(*cbs, epochs=1, **options):
     with learn.no_bar(): learn.fit(epochs)
     return learn
 
-def same(a, b, tol=1e-6): return all(torch.allclose(x.float(), y.float(), atol=tol) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+def same(a, b, tol=1e-6):
+    pairs = zip(a.model.state_dict().values(), b.model.state_dict().values())
+    return all(torch.allclose(x.float(), y.float(), atol=tol) for x,y in pairs)
 
 def test_lengths():
     w,g = [torch.randn(3, 4), torch.randn(5)],[torch.randn(3, 4), torch.randn(5)]

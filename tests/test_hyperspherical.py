@@ -147,8 +147,11 @@ def test_autocast_does_not_reach_in():
     with torch.autocast('cpu', dtype=torch.bfloat16): e = hyperspherical_energy(w, half_space=True)
     assert torch.equal(e, hyperspherical_energy(w, half_space=True))
 
-@pytest.mark.parametrize('args,what', [((torch.ones(1, 3),), r'\(1, 3\).*n>=2'), ((torch.ones(4, 0),), r'\(4, 0\).*d>=1'), ((torch.ones(0, 4, 3),), r'\(0, 4, 3\)'), ((torch.ones(3),), r'\(3,\)'), ((torch.ones(2, 3, dtype=torch.long),), 'int64'),
-    ((torch.eye(3), -1.), 's=-1.0'), ((torch.eye(3), 11), 's=11'), ((torch.eye(3), 2., False, False, -1.), 'eps=-1.0')])
+@pytest.mark.parametrize('args,what', [
+    ((torch.ones(1, 3),), r'\(1, 3\).*n>=2'), ((torch.ones(4, 0),), r'\(4, 0\).*d>=1'),
+    ((torch.ones(0, 4, 3),), r'\(0, 4, 3\)'), ((torch.ones(3),), r'\(3,\)'),
+    ((torch.ones(2, 3, dtype=torch.long),), 'int64'), ((torch.eye(3), -1.), 's=-1.0'),
+    ((torch.eye(3), 11), 's=11'), ((torch.eye(3), 2., False, False, -1.), 'eps=-1.0')])
 def test_bad_input_is_refused(args, what):
     with pytest.raises(ValueError, match=what): hyperspherical_energy(*args)
 

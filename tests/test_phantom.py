@@ -194,7 +194,8 @@ def test_gradcheck_of_mixed_labels(mode, k):
     assert torch.autograd.gradcheck(lambda z: phantom_loss(z, t, mode, lambda o: o@w, k=k, generator=gen(1)), z.requires_grad_())
 
 @pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('t', [torch.zeros(0, 5), torch.ones(1, 5)/5, torch.zeros(3, 5), torch.ones(4, 5)/5, torch.tensor([[.5,.5,0,0,0]]*2+[[0,0,1.,0,0]])], ids=str)
+@pytest.mark.parametrize('t', [torch.zeros(0, 5), torch.ones(1, 5)/5, torch.zeros(3, 5), torch.ones(4, 5)/5,
+    torch.tensor([[.5,.5,0,0,0]]*2+[[0,0,1.,0,0]])], ids=str)
 def test_any_mixed_batch_is_finite(t, mode):
     z = torch.ones(len(t), 3)
     if len(z)>1: z[0] = 0

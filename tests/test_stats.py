@@ -273,8 +273,9 @@ def test_answers_against_scipy():
 
 def test_answers_of_every_kind():
     d = np.array([1.,1.1,.9,1.05,.95])
-    asked = {'yes':d, 'no':Claim(d, 'below'), 'margin':Claim(d, 'above', .5), 'inside':Claim(d, 'within', 2.), 'outside':Claim(d, 'within', .1),
-        'few':d[:2], 'flat':[1.]*5, 'other':Claim(3.2, p=.001), 'weak':Claim(3.2, p=.5, interval=(-1.,7.))}
+    asked = dict(yes=d, no=Claim(d, 'below'), margin=Claim(d, 'above', .5), inside=Claim(d, 'within', 2.),
+        outside=Claim(d, 'within', .1), few=d[:2], flat=[1.]*5, other=Claim(3.2, p=.001),
+        weak=Claim(3.2, p=.5, interval=(-1.,7.)))
     t = answer(asked)
     assert t.answer.to_dict()==dict(yes='yes', no='no', margin='yes', inside='yes', outside='no', few='unclear', flat='unclear', other='yes', weak='unclear')
     assert t.p[['few','flat']].isna().all() and np.isnan(t.low['other']) and (t.low['weak'],t.high['weak'])==(-1,7) and t.p_holm['weak']==.5
