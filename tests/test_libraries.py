@@ -1,6 +1,5 @@
 "Adapters of other libraries, and all pairs of methods"
 import pytest, torch
-from torchvision.transforms import v2
 
 from phantom_nb.experiments.learner import make_learner
 from phantom_nb.experiments.libraries import AugmentImages, StochasticDepth

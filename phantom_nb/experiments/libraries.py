@@ -6,11 +6,10 @@
 __all__ = ['LAST_OF_BRANCH', 'AugmentImages', 'StochasticDepth', 'EMA']
 
 # %% ../../nbs/experiments/libraries.ipynb #80b9aedf
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from fastai.basics import Callback
-from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import stochastic_depth
@@ -86,9 +85,9 @@ class EMA(Regularizer):
     by_hand = "use torch.optim.swa_utils.AveragedModel there"
     def __init__(self,
         decay:float=.98, # in [0,1): an average over about 1/(1-decay) steps
-        lam=1., # in [0,1]: how far the weights go to their average at the end
+        lam:float|Callable=1., # in [0,1]: how far the weights go to their average at the end
         every:int=1, # steps from one averaging to the next, >= 1
-        layers=None # all layers are averaged, whatever is chosen here
+        layers:type|str|Callable|Sequence|None=None # all layers are averaged, whatever is chosen here
     ):
         super().__init__(lam, every, layers)
         self.decay = number('decay', decay, at_least=0, below=1)

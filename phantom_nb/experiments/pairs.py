@@ -8,11 +8,10 @@ __all__ = ['FAMILIES', 'pair_outcome', 'pair_table']
 # %% ../../nbs/experiments/pairs.ipynb #3ca785ce
 import itertools, re
 
-import pandas as pd, torch
+import pandas as pd
 from fastai.basics import Callback
 
 from .learner import make_learner
-from .methods import METHODS
 from .run import Run
 
 # %% ../../nbs/experiments/pairs.ipynb #f335f11e

@@ -15,7 +15,7 @@ from .methods import METHODS
 from .run import Run
 from .timing import step_costs
 
-# %% ../../nbs/experiments/rivals.ipynb #814f127e
+# %% ../../nbs/experiments/rivals.ipynb #7aafc401
 def rivals()->list: # names
     "List the methods beside the papers' own (ours)."
     return [name for name,method in METHODS.items() if method.rival]
@@ -43,6 +43,7 @@ def rival_costs(
     for method in methods or []: one_of('method', method, df.index)
     df = df.loc[methods or list(df.index)]
     cost = [f"{c:+.0%} ({low:+.0%} to {high:+.0%})" for c,low,high in zip(df.cost, df.low, df.high)]
+    clock = df.get('clock', pd.Series('wall time', df.index)).fillna('wall time')
     columns = {'added to a step (95% interval)':cost, 'plain step':[f"{ms:.0f} ms" for ms in df.plain_ms],
-        'network':df.model, 'batch':df.bs, 'device':df.device, 'threads':df.threads}
+        'network':df.model, 'batch':df.bs, 'device':df.device, 'threads':df.threads, 'clock':clock}
     return pd.DataFrame(columns, index=df.index)

@@ -6,6 +6,8 @@
 __all__ = ['mean_square', 'AL2']
 
 # %% ../../nbs/regularizers/activations.ipynb #145a6469
+from collections.abc import Callable, Sequence
+
 from torch import Tensor
 
 from ..core import ActivationRegularizer
@@ -24,9 +26,9 @@ class AL2(ActivationRegularizer):
     inputs = True
     ramp = True # a number for `lam` is reached at the end of training (equation 1)
     def __init__(self,
-        lam=.01, # weight at the end of training, >= 0, or an annealer: SchedNo(.01, .01) for a weight that stays
+        lam:float|Callable=.01, # weight at the end of training, >= 0, or an annealer: SchedNo(.01, .01) for a weight that stays
         every:int=1, # steps from one penalty to the next, >= 1
-        layers=None # the classifier, see `find_head`; None to find it
+        layers:type|str|Callable|Sequence|None=None # the classifier, see `find_head`; None to find it
     ): super().__init__(lam, every, layers)
 
     def select(self): return dict([find_head(self.model, self.layers, getattr(getattr(self, 'dls', None), 'c', None))])

@@ -6,8 +6,10 @@
 __all__ = ['sam_displacement', 'amp_displacement', 'SAM', 'AMP']
 
 # %% ../../nbs/regularizers/flatness.ipynb #c58e812c
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checks import number, whole
 from ..core import SecondPass
@@ -30,7 +32,7 @@ def sam_displacement(
 # %% ../../nbs/regularizers/flatness.ipynb #b3401555
 def amp_displacement(
     gradients:list, # at the weights themselves, a tensor for each
-    gradients_at, # function: displacement -> gradients there
+    gradients_at:Callable, # displacement -> gradients there
     eps:float=.5, # radius of the ball, >= 0
     lr:float=1., # length of an ascent step, >= 0
     steps:int=1 # ascent steps, >= 1
@@ -53,9 +55,9 @@ class SAM(SecondPass):
         rho:float=.05, # radius of the ball, >= 0; with `adaptive` ten times larger, .5 to 2
         adaptive:bool=False, # whether the ball scales with the weights (ASAM)
         eta:float=.01, # added to the size of each weight, >= 0; for `adaptive`
-        lam=1., # share of the gradient that is taken elsewhere, >= 0, or an annealer
+        lam:float|Callable=1., # share of the gradient that is taken elsewhere, >= 0, or an annealer
         every:int=1, # steps from one second pass to the next, >= 1
-        layers=None # layers that are displaced, see `select_layers`; None for all parameters
+        layers:type|str|Callable|Sequence|None=None # layers that are displaced, see `select_layers`; None for all parameters
     ):
         super().__init__(lam, every, layers)
         self.rho = number('rho', rho, at_least=0)
@@ -71,9 +73,9 @@ class AMP(SecondPass):
         eps:float=.5, # radius of the ball, >= 0
         lr:float=1., # length of an ascent step, >= 0
         steps:int=1, # ascent steps, >= 1: each is a pass more
-        lam=1., # share of the gradient that is taken elsewhere, >= 0, or an annealer
+        lam:float|Callable=1., # share of the gradient that is taken elsewhere, >= 0, or an annealer
         every:int=1, # steps from one ascent to the next, >= 1
-        layers=None # layers that are displaced, see `select_layers`; None for all parameters
+        layers:type|str|Callable|Sequence|None=None # layers that are displaced, see `select_layers`; None for all parameters
     ):
         super().__init__(lam, every, layers)
         self.eps = number('eps', eps, at_least=0)

@@ -6,6 +6,8 @@
 __all__ = ['NORMALISATIONS', 'weight_norm', 'project_norm', 'NormalizeAndProject']
 
 # %% ../../nbs/regularizers/norms.ipynb #6dba6420
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -46,9 +48,9 @@ class NormalizeAndProject(Regularizer):
     kind = 'projection'
     by_hand = "call project_norm(layer, normalisation, norm) after opt.step() yourself"
     def __init__(self,
-        lam=1., # in [0,1]: 1 projects in full, 0 does nothing; or an annealer
+        lam:float|Callable=1., # in [0,1]: 1 projects in full, 0 does nothing; or an annealer
         every:int=1, # steps from one projection to the next, >= 1
-        layers=None # see `select_layers`; None for all in front of a normalisation
+        layers:type|str|Callable|Sequence|None=None # see `select_layers`; None for all in front of a normalisation
     ):
         super().__init__(lam, every, layers)
         if not callable(lam): number('lam', lam, at_least=0, at_most=1)

@@ -6,6 +6,8 @@
 __all__ = ['FORMS', 'orthogonality', 'Orthogonality']
 
 # %% ../../nbs/regularizers/orthogonality.ipynb #9175c1e6
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,13 +53,13 @@ def orthogonality(
 class Orthogonality(Regularizer):
     "Penalise neurons that are not orthonormal, summed over layers (Bansal 2018)."
     def __init__(self,
-        lam=1e-3, # weight >= 0, or an annealer: the paper lets that of 'spectral' fall to 0
+        lam:float|Callable=1e-3, # weight >= 0, or an annealer: the paper lets that of 'spectral' fall to 0
         form:str='soft', # 'soft', 'double', 'coherence' or 'spectral'
         normalize:bool=False, # whether only angles count
         power_steps:int=2, # power iterations of 'spectral', >= 1
         seed:int=0, # of the starts of the power iterations, >= 0
         every:int=1, # steps from one penalty to the next, >= 1
-        layers=None # see `select_layers`; None for all
+        layers:type|str|Callable|Sequence|None=None # see `select_layers`; None for all
     ):
         super().__init__(lam, every, layers)
         self.form = one_of('form', form, FORMS)

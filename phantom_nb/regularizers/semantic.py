@@ -6,9 +6,11 @@
 __all__ = ['isda_logits', 'merge_moments', 'ISDA']
 
 # %% ../../nbs/regularizers/semantic.ipynb #85ddc5d4
+from collections.abc import Callable, Sequence
+
 import torch
 from fastai.callback.mixup import MixHandler
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import ActivationRegularizer, ReplacedLoss
 from ..measures.embeddings import as_embeddings, find_head
@@ -70,10 +72,10 @@ class ISDA(ReplacedLoss, ActivationRegularizer):
     inputs = True
     ramp = True # a number for `lam` is reached at the end of training (equation 3)
     def __init__(self,
-        lam=.5, # strength at the end of training, >= 0 (.1 to 1 in the paper), or an annealer
+        lam:float|Callable=.5, # strength at the end of training, >= 0 (.1 to 1 in the paper), or an annealer
         diagonal:bool=False, # whether only variances are kept: for many classes or wide features
         every:int=1, # steps from one moved loss to the next, >= 1
-        layers=None # the classifier, see `find_head`; None to find it
+        layers:type|str|Callable|Sequence|None=None # the classifier, see `find_head`; None to find it
     ):
         super().__init__(lam, every, layers)
         self.diagonal = diagonal

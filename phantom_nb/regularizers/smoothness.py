@@ -6,6 +6,8 @@
 __all__ = ['gradient_penalty', 'top_vectors', 'spectral_norm', 'GradientPenalty', 'SpectralPenalty']
 
 # %% ../../nbs/regularizers/smoothness.ipynb #9e1c1255
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -74,10 +76,10 @@ class GradientPenalty(Regularizer):
     "Penalise the squared gradient of the loss at the input (Drucker and LeCun 1992; Bietti 2019)."
     decomposes = False # with batch normalization an image's gradient depends on the batch
     def __init__(self,
-        lam=.1, # weight >= 0, or an annealer
+        lam:float|Callable=.1, # weight >= 0, or an annealer
         of:str='loss', # 'loss', or 'logit' of the right class
         every:int=1, # steps from one penalty to the next, >= 1
-        layers=None # the inputs of the network are meant, whatever is chosen here
+        layers:type|str|Callable|Sequence|None=None # the inputs of the network are meant, whatever is chosen here
     ):
         super().__init__(lam, every, layers)
         self.of = one_of('of', of, ('loss', 'logit'))
@@ -113,10 +115,10 @@ class GradientPenalty(Regularizer):
 class SpectralPenalty(Regularizer):
     "Penalise half the sum of squared spectral norms of the layers (Yoshida and Miyato 2017)."
     def __init__(self,
-        lam=.01, # weight >= 0, or an annealer
+        lam:float|Callable=.01, # weight >= 0, or an annealer
         rounds:int=1, # of the power iteration a step, >= 1; 20 before the first step
         every:int=1, # steps from one penalty to the next, >= 1
-        layers=None # see `select_layers`; None for all
+        layers:type|str|Callable|Sequence|None=None # see `select_layers`; None for all
     ):
         super().__init__(lam, every, layers)
         self.rounds = whole('rounds', rounds)
