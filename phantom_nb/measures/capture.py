@@ -6,7 +6,7 @@
 __all__ = ['ACTIVATIONS', 'CHANNELS_LAST', 'device_of', 'find_activations', 'capture_with_outputs', 'capture']
 
 # %% ../../nbs/measures/capture.ipynb #31cff4e2
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 import pandas as pd, torch
@@ -17,8 +17,9 @@ from ..core import matches
 from ..hooks import catch, evaluating
 
 # %% ../../nbs/measures/capture.ipynb #4d17782f
-_NAMES = 'relu relu_ relu6 hardtanh leaky_relu leaky_relu_ elu elu_ selu celu gelu silu mish hardswish prelu rrelu softplus'
-ACTIVATIONS = {getattr(F, name):name.strip('_') for name in _NAMES.split()}
+_NAMES = '''relu relu_ relu6 hardtanh leaky_relu leaky_relu_ elu elu_ selu celu gelu silu mish hardswish prelu rrelu
+    softplus'''.split()
+ACTIVATIONS = {getattr(F, name):name.strip('_') for name in _NAMES}
 ACTIVATIONS |= {torch.relu:'relu', torch.relu_:'relu', Tensor.relu:'relu', Tensor.relu_:'relu', torch.prelu:'prelu'}
 CHANNELS_LAST = {F.linear:'linear', F.layer_norm:'layer_norm'} # functions that put the channels on the last axis
 
@@ -68,7 +69,8 @@ def _run(model, tap, batches):
     outputs = []
     with evaluating(model) as network:
         device = device_of(network)
-        with catch(network, functions=CHANNELS_LAST, after=tap.remember), catch(network, functions=ACTIVATIONS, before=tap.look):
+        with (catch(network, functions=CHANNELS_LAST, after=tap.remember),
+            catch(network, functions=ACTIVATIONS, before=tap.look)):
             for batch in batches:
                 x = _inputs(batch)
                 tap.batch,tap.channels_last = len(x),None
@@ -96,12 +98,13 @@ def _check_found(tap, layers):
     if not tap.found: raise ValueError(f"layers={layers!r} selects none of the pre-activations: {names}")
     for name,parts in tap.found.items():
         seen = sum(map(len, parts))
-        if seen!=tap.samples: raise ValueError(f"{name!r} saw {seen} of {tap.samples} samples: leave it out by `layers`")
+        if seen!=tap.samples:
+            raise ValueError(f"{name!r} saw {seen} of {tap.samples} samples: leave it out by `layers`")
 
 def capture_with_outputs(
     model:nn.Module, # CNN; its mode is restored
     batches:Iterable, # of input batches, or of (inputs, labels)
-    layers=None # name pattern, module type, predicate(name, module), or a list of these; None for all
+    layers:type|str|Callable|list|None=None # module type, name pattern, predicate(name, module), list; None: all
 )->tuple: # what `capture` gives, and the network's outputs (N,...), the first where there are several
     "Capture pre-activations and outputs in one pass; `ValueError` as `capture` (ours)."
     tap = _Tap(layers)
@@ -113,7 +116,7 @@ def capture_with_outputs(
 def capture(
     model:nn.Module, # CNN; its mode is restored
     batches:Iterable, # of input batches, or of (inputs, labels)
-    layers=None # name pattern, module type, predicate(name, module), or a list of these; None for all
+    layers:type|str|Callable|list|None=None # module type, name pattern, predicate(name, module), list; None: all
 )->dict: # name -> (N,units) on the model's device, in order of execution, maps max-pooled, the network's float type
     "Capture the input of every activation function; `ValueError` if there is none (Carbonnelle 2021, section 3)."
     return capture_with_outputs(model, batches, layers)[0]

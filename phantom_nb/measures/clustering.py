@@ -53,7 +53,9 @@ _BLOCK = 2**20 # numbers in a block
 class _Rows:
     "Rows of a layer, or some of them, in blocks; their directions about a centre"
     def __init__(self, x, index=None, fn=None):
-        self.x,self.index,self.fn = x,index,fn # fn maps a block, such as a ReLU
+        self.x = x
+        self.index = index
+        self.fn = fn # maps a block, such as a ReLU
         self.n = len(x) if index is None else len(index)
         self.factors = {} # first row of a block -> 1/length of its rows
 
@@ -82,7 +84,7 @@ class _Rows:
         total,n = 0,0
         for i,(rows,block) in enumerate(self):
             if i==blocks: break
-            block,factor,_ = self.scaled(rows.start, block)
+            block,factor = self.scaled(rows.start, block)[:2]
             total,n = total+(factor.T@block)[0],n+len(block)
         return total/n
 
@@ -301,7 +303,8 @@ def _layers(acts):
     if not isinstance(acts, dict): acts = dict(enumerate(acts))
     acts = {name:_matrix(a) for name,a in acts.items()}
     samples = [len(a) for a in acts.values()]
-    if len(set(samples))!=1: raise ValueError(f"layers of {samples} samples: give at least one layer, all with the same samples")
+    if len(set(samples))!=1:
+        raise ValueError(f"layers of {samples} samples: give at least one layer, all with the same samples")
     return acts
 
 def _pool(measure, values, k):
@@ -312,7 +315,8 @@ def _pool(measure, values, k):
     values = torch.cat(values, 1) if over=='units' else torch.stack(values, 1)
     values = values[:,~values.isnan().all(0)]
     values = values[~values.isnan().any(1)].numpy()
-    if not values.size: raise ValueError("no unit is ever above zero: the network is dead, or these are not pre-activations")
+    if not values.size:
+        raise ValueError("no unit is ever above zero: the network is dead, or these are not pre-activations")
     return float(average(np.sort(values, 1)[:,-k:].mean(1)))
 
 # %% ../../nbs/measures/clustering.ipynb #1d4b3162

@@ -8,6 +8,7 @@ __all__ = ['n_outputs', 'is_pointwise', 'find_head', 'as_embeddings', 'apply_hea
            'nearest_class_similarity', 'within_class_share', 'embedding_metrics']
 
 # %% ../../nbs/measures/embeddings.ipynb #1ff661c4
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -72,10 +73,10 @@ def _named_head(network, head):
 # %% ../../nbs/measures/embeddings.ipynb #aad5d73c
 def find_head(
     model:nn.Module, # network; wrappers of `torch.compile` and parallel training are looked through
-    head=None, # the classifier by name, pattern or as a module, see `select_layers`; None to find it
+    head:str|nn.Module|Callable|None=None, # the classifier: name, pattern or module, see `select_layers`; None: find it
     n_out:int|None=None # classes; None for the outputs of the layer that is registered last
 )->tuple: # dotted name, module
-    "Find the layer that turns embeddings into logits; raise a `ValueError` that lists candidates if there is not one (ours)."
+    "Find the layer that turns embeddings into logits; a `ValueError` lists the candidates if there is not one (ours)."
     network = unwrap(model)
     kind = type(network).__name__
     layers = {name:m for name,m in network.named_modules() if isinstance(m, nn.Linear) or is_pointwise(m)}
@@ -88,7 +89,8 @@ def find_head(
     if len(found)==1: return next(iter(found.items()))
     if found: why = f"{kind} has {len(found)} layers that could be the classifier: {_in_words(found)}"
     else: why = f"no layer of {kind} has {n_out or 'its'} outputs, a class each; there are: {_in_words(layers)}"
-    raise ValueError(f"{why}. Name the one whose input is the embedding, for instance head={(list(found) or ['fc'])[-1]!r}")
+    example = (list(found) or ['fc'])[-1]
+    raise ValueError(f"{why}. Name the one whose input is the embedding, for instance head={example!r}")
 
 # %% ../../nbs/measures/embeddings.ipynb #9d6e7682
 def as_embeddings(
@@ -97,7 +99,8 @@ def as_embeddings(
 )->Tensor: # (B,D) with gradient: averaged over positions
     "View the head's input as one embedding a sample; raise a `ValueError` for a shape that cannot be (ours)."
     if not isinstance(x, Tensor):
-        raise ValueError(f"{type(head).__name__} reads a {type(x).__name__}: name a head that reads (B,D), a Linear layer")
+        raise ValueError(f"{type(head).__name__} reads a {type(x).__name__}: "
+            "name a head that reads (B,D), a Linear layer")
     x = x.as_subclass(Tensor)
     if is_pointwise(head): return x.flatten(2).mean(2)
     if isinstance(head, nn.Linear) and x.ndim>2: return x.flatten(1, -2).mean(1)
@@ -118,7 +121,7 @@ def apply_head(
 @contextmanager
 def watch_head(
     model:nn.Module, # network
-    head=None, # the classifier, see `find_head`
+    head:str|nn.Module|Callable|None=None, # the classifier, see `find_head`
     n_out:int|None=None # classes
 ): # yields a list that gets (embeddings (B,D), logits (B,C)) of every forward pass, without gradient
     "Collect what goes into the head and what comes out; the hook is gone on leaving (ours)."
@@ -129,8 +132,8 @@ def watch_head(
 
 def embeddings_of(
     model:nn.Module, # network; its mode, training or evaluation, is put back afterwards
-    dl, # batches (images, classes), at least one
-    head=None, # the classifier, see `find_head`
+    dl:Iterable, # batches (images, classes), at least one
+    head:str|nn.Module|Callable|None=None, # the classifier, see `find_head`
     n_out:int|None=None # classes
 )->tuple: # embeddings (N,D), logits (N,C), classes (N,)
     "Compute the embeddings of all images of a data loader; raise a `ValueError` if it holds none (ours)."
@@ -148,7 +151,7 @@ def check_batch(
     z:Tensor, # (N,D) embeddings, floats
     y:Tensor # (N,) classes, whole numbers
 )->tuple: # z in float32 (float64 stays), y in int64
-    "Return embeddings and classes in the types that are computed in; raise a `ValueError` for wrong shapes or types (ours)."
+    "Return embeddings and classes in the types that are computed in; `ValueError` for wrong shapes or types (ours)."
     if z.ndim!=2 or not z.is_floating_point():
         raise ValueError(f"z has shape {tuple(z.shape)} and type {z.dtype}: give floats (B,D), one row a sample")
     if y.shape!=z.shape[:1] or y.is_floating_point():

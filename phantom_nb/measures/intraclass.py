@@ -9,6 +9,7 @@ __all__ = ['sample_batches', 'IntraclassMonitor', 'intraclass_report', 'capture'
            'unit_variance_ratio', 'layer_spread_ratio']
 
 # %% ../../nbs/measures/intraclass.ipynb #a43c8cac
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -102,15 +103,20 @@ class IntraclassMonitor(TrainingCallback):
         n:int=1000, # samples, >= 2
         every:int=1, # epochs from one measurement to the next, >= 1; the last epoch always counts
         subclass:Tensor|None=None, # (training samples,) subclasses; None for those of the data set, else c3 and c4 only
-        layers=None, # as for `capture`; None for all
+        layers:type|str|Callable|list|None=None, # as for `capture`; None for all
         interpolate:bool=False, # c0 as well? it needs subclasses and 18 predictions a sample
         keep:bool=False, # keep the pre-activations of every measurement in `acts`?
         seed:int=0, # of the sample and of c0's partners
         **k:int # units or layers that count, as for `intraclass_table`
     ):
-        self.n,self.every,self.seed = n,whole('every', every, what="a whole number of epochs"),seed
-        self.subclass,self.layers,self.k = subclass,layers,k
-        self.interpolate,self.keep = interpolate,keep
+        self.n = n
+        self.every = whole('every', every, what="a whole number of epochs")
+        self.subclass = subclass
+        self.layers = layers
+        self.interpolate = interpolate
+        self.keep = keep
+        self.seed = seed
+        self.k = k
         self.tables = {} # epoch -> table of `intraclass_table`
         self.rows = [] # a dict a measured epoch
         self.acts = {} # epoch -> what `capture` gives, on the CPU
@@ -206,7 +212,7 @@ def intraclass_report(
     n:int=1000, # samples, >= 2 (all, if fewer)
     subclass:Tensor|None=None, # (samples of `dl`,) subclasses; None for those of the data set, else c3 and c4 only
     dl:DataLoader|None=None, # loader of the images to look at; None for the training loader
-    layers=None, # as for `capture`; None for all
+    layers:type|str|Callable|list|None=None, # as for `capture`; None for all
     seed:int=0, # of the sample
     **k:int # units or layers that count, as for `intraclass_table`
 )->tuple: # DataFrame (a row a layer, then 'network'; columns c1 to c4) and matplotlib Figure

@@ -22,8 +22,9 @@ def _columns(columns): return [columns] if isinstance(columns, str) else list(co
 
 def _need(df, columns):
     "Nothing, or a ValueError"
+    known = ', '.join(map(str, df.columns))
     for column in columns:
-        if column not in df: raise ValueError(f"no column {column!r}: the columns are {', '.join(map(str, df.columns))}")
+        if column not in df: raise ValueError(f"no column {column!r}: the columns are {known}")
 
 def _values(df, measure, target):
     "Measure and target as arrays of finite numbers, or a ValueError"

@@ -138,7 +138,8 @@ def _squared(model):
         prefix = f'{name}.' if name else ''
         variance = module.running_var.double()+module.eps
         state[f'{prefix}running_mean'] = torch.zeros_like(variance)
-        state[f'{prefix}running_var'] = variance*variance-module.eps # the layer divides by its root, which is `variance`
+        # the layer adds eps and divides by the root, which is then `variance`
+        state[f'{prefix}running_var'] = variance*variance-module.eps
     return state
 
 def _log(value): return math.log(value) if value>0 else -math.inf

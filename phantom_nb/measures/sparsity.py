@@ -252,7 +252,7 @@ class ActivationWatch:
     "Hand the activations of a network to a function, whether they are modules or functions such as `F.relu` (ours)."
     def __init__(self,
         model:nn.Module, # network; wrappers are looked through
-        layers:type|str|Callable|list|None=None, # see `select_layers`, for names of functions too; None for all activations
+        layers:type|str|Callable|list|None=None, # see `select_layers`, for names of functions too; None for all
         channel_dim:int|None=None # 1 or -1; None to go by the layers
     ):
         self.model = model
@@ -307,7 +307,8 @@ class ActivationWatch:
         if self.functions:
             return ValueError(f"{asked} selects no activation of {name}; there are: {', '.join(self.functions)}")
         kinds = [type(m).__name__ for m in network.modules()]
-        before = [k for k in kinds if 'Norm' in k] or [k for k in kinds if k.startswith(('Conv','Linear'))] or ['Linear']
+        norms = [k for k in kinds if 'Norm' in k]
+        before = norms or [k for k in kinds if k.startswith(('Conv','Linear'))] or ['Linear']
         return ValueError(f"{asked}: no activation of {name} was found, neither a module nor a function such as "
             "F.relu or F.gelu; if it is written by hand, choose the layers before it and give its function as act, for "
             f"example layers=nn.{before[0]}, act=torch.relu")
