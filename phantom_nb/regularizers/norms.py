@@ -62,7 +62,7 @@ class NormalizeAndProject(Regularizer):
 
     def factor(self, lam): return 1. # nothing is added to the loss; the record shows the growth itself
     def start(self):
-        if not self._loaded: self.norms = {}
+        if not self._loaded: self.norms,self._growth = {},0.
         super().start()
         self._loaded = False
 
@@ -73,7 +73,7 @@ class NormalizeAndProject(Regularizer):
         for name,module in self.selected.items():
             if hasattr(module, 'parametrizations'):
                 raise ValueError(f"layer {name!r} is parametrized: its weight is computed anew each time, leave it out by layers=...")
-        self.pairs,self._growth = {},0.
+        self.pairs = {}
         for name,module in self.selected.items(): self.norms.setdefault(name, weight_norm(module))
 
     def open(self):
@@ -108,8 +108,8 @@ class NormalizeAndProject(Regularizer):
         if not lam: return
         for name,(layer,normalisation) in self.pairs.items(): project_norm(layer, normalisation, self.norms[name].to(layer.weight.device), lam)
 
-    def state_dict(self): return super().state_dict() | dict(norms=self.norms)
+    def state_dict(self): return super().state_dict() | dict(norms=self.norms, growth=self._growth)
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.norms = dict(state.get('norms', {}))
+        self.norms,self._growth = dict(state.get('norms', {})),state.get('growth', 0.)
         self._loaded = bool(self.norms)
