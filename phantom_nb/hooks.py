@@ -74,6 +74,7 @@ def _hook_module(name, module, names, before, after):
         open_calls.append(call)
         if before: before(call)
     def stop(module, args, kwargs, out):
+        if not open_calls: return # its pass began before anybody watched
         call = open_calls.pop()
         call.out = out
         if after: after(call)
