@@ -86,12 +86,18 @@ class CoMHE(MHE):
         return cls(projection, lam, **{'eps':1e-4, 'p_lr':None, **many, **kwargs})
 
     # Before a fit
-    def n_groups(self, name, fan_in): # parts of at most `k` numbers, which are whole channels where those are smaller
+    def n_groups(self,
+        name:str, # of a layer
+        fan_in:int # numbers of a neuron, >= 1
+    )->int: # parts of at most `k` numbers, which are whole channels where those are smaller
         "Count the groups of coordinates of a layer."
         area = math.prod(getattr(self.selected[name], 'kernel_size', (1,)))
         return -(-fan_in // (area*-(-self.k//area)))
 
-    def role(self, name, fan_in): # 'project', 'half', 'full' or 'skip'
+    def role(self,
+        name:str, # of a layer
+        fan_in:int # numbers of a neuron, >= 1
+    )->str: # 'project', 'half', 'full' or 'skip'
         "Say what is done with a layer; those that have no more than `k` dimensions are not projected."
         role = self.output_layer if name==self.last else self.first_layer if name==self.first else 'project'
         narrow = self.n_groups(name, fan_in)==1 if self.projection=='group' else fan_in<=self.k
@@ -128,8 +134,9 @@ class CoMHE(MHE):
 
     # Projections and their state
     def key(self,
-        stack # Stack
-    ): # what its projections are filed under
+        stack:Stack # layers of one shape
+    )->int|Stack: # what its projections are filed under
+        "Name a stack's entry in `basis`."
         return stack.shape[2] if self.share_basis else stack
 
     def draw_new(self)->None:
@@ -166,7 +173,9 @@ class CoMHE(MHE):
         super().load_state_dict(state)
         if 'draw' in state: self._saved = state
 
-    def restore(self, state):
+    def restore(self,
+        state:dict # as `state_dict` gave
+    )->None:
         "Take over a state; raise a `ValueError` if it belongs to other projections."
         need = list(self._shapes.values())
         have = [tuple(p.shape) for p in state['basis']] if 'basis' in state else need
@@ -197,7 +206,10 @@ class CoMHE(MHE):
             steps[key] = steps.get(key, 0) + sign*self.rate()*g
         return steps
 
-    def advance(self, ws, cs)->None:
+    def advance(self,
+        ws:dict, # Stack -> (l,g,n,d) neurons
+        cs:list|None # of (l,g,n,n) cosines to preserve
+    )->None:
         "Draw or learn the projections of this step."
         if self.redraw and self.age and self.age%self.redraw==0: self.draw_new()
         self.age += 1
@@ -221,7 +233,10 @@ class CoMHE(MHE):
         if self.learns and self.unrolled: ps = {key:ps[key]+step for key,step in self.steps_of_basis(ws, cs).items()}
         return {stack:project(w, ps[self.key(stack)]) for stack,w in ws.items()}
 
-    def is_half(self, stack)->bool: # whether the energy of a stack is taken in half space
+    def is_half(self,
+        stack:Stack # layers of one shape
+    )->bool: # whether their energy is taken in half space
+        "Say which space a stack's energy is taken in."
         return stack.role=='half' or stack.role=='project' and self.half_space and not stack.is_output
 
     def stack_energies(self,

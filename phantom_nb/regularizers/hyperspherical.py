@@ -9,9 +9,9 @@ __all__ = ['MHE', 'CoMHE', 'authors_factors', 'hyperspherical_energy', 'projecte
 # %% ../../nbs/regularizers/hyperspherical.ipynb #735eabd0
 from .energy import MHE, authors_factors, hyperspherical_energy # chkstyle: ignore-node
 from .comhe import CoMHE # chkstyle: ignore-node
-from .projections import angle_distortion, expected_energy, projected_energy # chkstyle: ignore-node
-from .projections import angle_preserving_energy, adversarial_energy # chkstyle: ignore-node
-from .projections import group_energy # chkstyle: ignore-node
+from .projections import angle_distortion, angle_preserving_energy # chkstyle: ignore-node
+from .projections import adversarial_energy, expected_energy # chkstyle: ignore-node
+from .projections import group_energy, projected_energy # chkstyle: ignore-node
 
 _all_ = ['MHE', 'CoMHE', 'authors_factors', 'hyperspherical_energy', 'projected_energy', 'angle_distortion',
     'angle_preserving_energy', 'adversarial_energy', 'expected_energy', 'group_energy']

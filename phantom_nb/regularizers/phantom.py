@@ -8,6 +8,7 @@ __all__ = ['MODES', 'check_labels', 'members', 'phantom_embeddings', 'class_phan
 
 # %% ../../nbs/regularizers/phantom.ipynb #5cba56ca
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -30,7 +31,7 @@ MODES = ('mix','contrast','separate')
 _all_ = ['interclass_similarity'] # its home is `measures.embeddings`
 
 def _refuse_if(wrong, message):
-    "Raise a `ValueError` on a CPU; on a GPU let the device stop the program as soon as it sees it, which needs no waiting"
+    "Raise a `ValueError` on a CPU; on a GPU let the device stop the program when it sees it, which needs no waiting"
     if wrong.is_cuda: torch._assert_async(~wrong.any(), message)
     elif wrong.any(): raise ValueError(message)
 
@@ -40,7 +41,7 @@ def check_labels(
     y:Tensor, # (B,) classes, negative for none; or (B,C) shares of every class in [0,1], rows add up to 1
     n_classes:int|None=None # C; None for the highest class + 1
 )->tuple: # z in float32 (float64 stays); y in int64, or in the type of z
-    "Return a batch in the types that are computed in; raise a `ValueError` for what is no embedding or no label (ours)."
+    "Return a batch in the types that are computed in; `ValueError` for what is no embedding or no label (ours)."
     if not (isinstance(y, Tensor) and y.is_floating_point() and y.ndim==2 and len(y)==len(z)):
         z,y = check_batch(z, y)
         if n_classes is None or not len(y): return z, y
@@ -50,9 +51,11 @@ def check_labels(
     z,_ = check_batch(z, torch.zeros(len(z), dtype=torch.long))
     if n_classes not in (None, y.shape[1]):
         raise ValueError(f"y has shape {tuple(y.shape)}, n_classes={n_classes}: give a share for every class")
-    # half precision rounds shares, so their sum may miss 1 by a little; less than 1 is for images of which a part has no class
+    # half precision rounds shares, so their sum may miss 1 by a little;
+    # less than 1 is for images of which a part has no class
     wrong = (y<0).any(1) | (y.sum(1)>1.01)
-    _refuse_if(wrong, "y holds rows that are no shares: soft labels are at least 0 and add up to 1 (several classes at once are not supported)")
+    _refuse_if(wrong, "y holds rows that are no shares: soft labels are at least 0 and add up to 1 "
+        "(several classes at once are not supported)")
     return z, y.to(z.dtype)
 
 def members(
@@ -71,7 +74,8 @@ def _class_counts(y, n_classes, dtype):
 
 # %% ../../nbs/regularizers/phantom.ipynb #455f92ea
 def _average(counts, k, generator, dtype):
-    "Weights (R,N) of at most `k` columns that count in each row, which add up to 1, or to 0 where none does; whether any does"
+    """Weights (R,N) of at most `k` columns that count in each row, and whether any does.
+    A row adds up to 1, or to 0 where none counts."""
     some = (counts>0).any(1)
     weights = counts.to(dtype)
     if k is not None:
@@ -107,7 +111,7 @@ def phantom_embeddings(
     detach:bool=False, # stop the gradient through the phantoms
     bank:tuple|None=None # (embeddings (M,D), classes (M,)) of the past, more to choose from
 )->tuple: # p (B,D) in float32 (float64 for such z), zero where not valid; valid (B,) bool, False for a class seen once
-    "Make every sample's phantom from others of its class; raise a `ValueError` for wrong shapes or options (equations 1, 11)."
+    "Make every sample's phantom from others of its class; `ValueError` for wrong shapes or options (equations 1, 11)."
     z,y = check_labels(z, y)
     if k is not None: k = whole('k', k)
     with torch.autocast(z.device.type, enabled=False):
@@ -139,14 +143,16 @@ def class_phantoms(
 def _checked(losses, n):
     "Refuse a loss that has averaged over the batch"
     if losses.shape==(n,): return losses
-    raise ValueError(f"loss_func gives shape {tuple(losses.shape)} for {n} samples: 'mix' needs one value a sample, reduction='none'")
+    raise ValueError(f"loss_func gives shape {tuple(losses.shape)} for {n} samples: 'mix' needs one value a sample, "
+        "reduction='none'")
 
 def _mix(z, y, draws, head, loss_func, alpha):
     "Loss of the head on samples that are moved to their phantoms (equation 3; mixed labels: equation 11)"
     p,valid = phantom_embeddings(z, y, **draws)
     logits = head(torch.lerp(z, p, alpha))
     classes,shares = members(y)
-    by_class = [shares[:,i]*_checked(loss_func(logits, classes[:,i].clamp_min(0)), len(z)) for i in range(classes.shape[1])]
+    def losses(own): return _checked(loss_func(logits, own.clamp_min(0)), len(z))
+    by_class = [share*losses(own) for share,own in zip(shares.T, classes.T)]
     return masked_mean(sum(by_class), valid)
 
 # %% ../../nbs/regularizers/phantom.ipynb #2f65e832
@@ -186,8 +192,8 @@ def phantom_loss(
     z:Tensor, # (B,D) embeddings
     y:Tensor, # (B,) classes, negative for none; or (B,C) shares of mixed images, rows add up to 1
     mode:str='contrast', # 'mix', 'contrast' or 'separate'
-    head=None, # for 'mix': embeddings (B,D) -> logits (B,C)
-    loss_func=None, # for 'mix': (logits (B,C), classes (B,)) -> (B,) losses; None for cross-entropy
+    head:Callable|None=None, # for 'mix': embeddings (B,D) -> logits (B,C)
+    loss_func:Callable|None=None, # for 'mix': (logits (B,C), classes (B,)) -> (B,) losses; None for cross-entropy
     alpha:float=.5, # for 'mix': how far towards the phantom, in (0,1]
     tau:float=1., # for 'contrast': temperature, > 0
     n_classes:int|None=None, # C; None for the highest class + 1
@@ -200,7 +206,8 @@ def phantom_loss(
     _check_options(mode, alpha, tau)
     if mode=='separate' and detach:
         raise ValueError("detach=True: 'separate' acts on phantoms alone, so nothing would be left; leave it out")
-    if mode=='mix' and head is None: raise ValueError("head=None: 'mix' classifies embeddings, give the head, such as model.fc")
+    if mode=='mix' and head is None:
+        raise ValueError("head=None: 'mix' classifies embeddings, give the head, such as model.fc")
     z,y = check_labels(z, y, n_classes)
     draws = dict(k=k if k is None else whole('k', k), generator=generator, detach=detach, bank=bank)
     with torch.autocast(z.device.type, enabled=False):
@@ -215,7 +222,7 @@ class ClassQueue:
         n_classes:int, # C, >= 1
         size:int, # embeddings kept of each class, >= 1
         dim:int, # D, >= 1
-        device=None # torch device
+        device:torch.device|None=None # where it is kept; None for the CPU
     ):
         self.n_classes = n_classes
         self.size = size
@@ -275,16 +282,16 @@ class PhantomEmbeddings(Regularizer):
     "Add the phantom penalty of the classifier's input (Arif 2023; forms ours)."
     decomposes = False
     def __init__(self,
-        lam=.3, # weight >= 0, or an annealer
+        lam:float|Callable=.3, # weight >= 0, or an annealer
         mode:str='contrast', # 'mix', 'contrast' or 'separate'
         k:int|None=None, # samples a phantom is made of, >= 1; None for all there are
         alpha:float=.5, # for 'mix': how far towards the phantom, in (0,1]
         tau:float=1., # for 'contrast': temperature, > 0
         queue:int=0, # past embeddings kept of each class, >= 0, for batches that hold few of a class
-        head=None, # the classifier, see `find_head`; None to find it
+        head:str|nn.Module|Callable|None=None, # the classifier, see `find_head`; None to find it
         seed:int=0, # of the generator that phantoms are drawn from, >= 0
         every:int=1, # steps from one penalty to the next, >= 1
-        layers=None # the same as `head`, by the base class's name
+        layers:type|str|Callable|list|None=None # the same as `head`, by the base class's name
     ):
         super().__init__(lam, every, layers if head is None else head)
         _check_options(mode, alpha, tau)
@@ -311,9 +318,11 @@ class PhantomEmbeddings(Regularizer):
     def setup(self):
         "Refuse what cannot work, before the first batch."
         mixers = self._mixers()
-        if len(mixers)>1: raise ValueError(f"{' and '.join(type(m).__name__ for m in mixers)} mix labels twice: leave one out")
-        if mixers and self.queue: raise ValueError(f"queue={self.queue}: the memory keeps one class an image, and "
-            f"{type(mixers[0]).__name__} gives two: use queue=0")
+        names = [type(m).__name__ for m in mixers]
+        if len(mixers)>1: raise ValueError(f"{' and '.join(names)} mix labels twice: leave one out")
+        if mixers and self.queue:
+            raise ValueError(f"queue={self.queue}: the memory keeps one class an image, and {names[0]} gives two: "
+                "use queue=0")
         if any(isinstance(m, DataParallel) for m in self.learn.model.modules()):
             raise ValueError("DataParallel splits the batch over threads: train with learn.distrib_ctx() instead")
         if self.mode=='mix': self._try_loss()
@@ -326,8 +335,9 @@ class PhantomEmbeddings(Regularizer):
         try:
             with self._losses() as loss_func: fits = loss_func(logits, classes).shape==(2,)
         except (TypeError, ValueError, RuntimeError): fits = False
-        if not fits: raise ValueError(f"mode='mix': {self.learn.loss_func} has no reduction='none' for logits (B,C) and "
-            "classes (B,): use CrossEntropyLossFlat() or mode='contrast'")
+        if not fits:
+            raise ValueError(f"mode='mix': {self.learn.loss_func} has no reduction='none' for logits (B,C) and "
+                "classes (B,): use CrossEntropyLossFlat() or mode='contrast'")
 
     # Around a batch
     def open(self):
@@ -344,12 +354,14 @@ class PhantomEmbeddings(Regularizer):
     def penalty(self):
         (head,) = self.selected.values()
         z,y = self._batch(head)
-        if y.ndim==2 and self.queue: raise ValueError(f"queue={self.queue}: the memory keeps one class an image: use queue=0 with mixed labels")
+        if y.ndim==2 and self.queue:
+            raise ValueError(f"queue={self.queue}: the memory keeps one class an image: use queue=0 with mixed labels")
         n_classes = self._n_classes(y, head)
         if self.queue and self.memory is None: self.memory = ClassQueue(n_classes, self.queue, z.shape[1])
-        options = dict(n_classes=n_classes, k=self.k, generator=self._generator(z.device), bank=self._bank(z))
+        options = dict(alpha=self.alpha, tau=self.tau, n_classes=n_classes, k=self.k)
+        options |= dict(generator=self._generator(z.device), bank=self._bank(z))
         with self._losses() as loss_func:
-            penalty = phantom_loss(z, y, self.mode, partial(apply_head, head), loss_func, self.alpha, self.tau, **options)
+            penalty = phantom_loss(z, y, self.mode, partial(apply_head, head), loss_func, **options)
         if self.memory: self.memory.push(z, y)
         return penalty
 
@@ -357,8 +369,9 @@ class PhantomEmbeddings(Regularizer):
     def _batch(self, head):
         "Embeddings and labels of the batch, of all processes together"
         if len(self.seen)!=1:
-            raise ValueError(f"{next(iter(self.selected))!r} was applied {len(self.seen)} times in one pass: its inputs "
-                "are no embeddings of the batch, name another head")
+            name = next(iter(self.selected))
+            raise ValueError(f"{name!r} was applied {len(self.seen)} times in one pass: its inputs are no embeddings "
+                "of the batch, name another head")
         z,y = as_embeddings(self.seen[0], head).float(),self._labels()
         if len(z)!=len(y): raise ValueError(f"the head read {len(z)} rows for {len(y)} labels: name another head")
         together = any(isinstance(m, DistributedDataParallel) for m in self.learn.model.modules())
@@ -373,7 +386,8 @@ class PhantomEmbeddings(Regularizer):
         y = targets[0].as_subclass(Tensor)
         soft = y.is_floating_point() and y.ndim==2 and y.shape[1]>1
         if not soft and (y.is_floating_point() or y.numel()!=len(y)):
-            raise ValueError(f"labels of shape {tuple(y.shape)} and type {y.dtype}: PhantomEmbeddings needs one class an image, or shares (B,C) of all classes")
+            raise ValueError(f"labels of shape {tuple(y.shape)} and type {y.dtype}: PhantomEmbeddings needs "
+                "one class an image, or shares (B,C) of all classes")
         if soft: return y.float()
         y = y.reshape(-1).long()
         mixers = [m for m in self._mixers() if m.stack_y]
@@ -392,7 +406,7 @@ class PhantomEmbeddings(Regularizer):
         raise ValueError(f"the network gives a {type(pred).__name__}: name the layer that makes its logits, head=...")
 
     def _losses(self):
-        "Context that gives the learner's loss, a value a sample, for labels as they are; nothing where `mix` does not need it"
+        "Context that gives the learner's loss, a value a sample, for labels as they are; nothing without `mix`"
         if self.mode!='mix': return nullcontext()
         loss_func = getattr(self, 'loss_func', None) or nn.CrossEntropyLoss()
         for mixer in self._mixers():
@@ -408,8 +422,9 @@ class PhantomEmbeddings(Regularizer):
     def _bank(self, z):
         "What the memory holds, on the device of the batch"
         if self.memory is None: return None
-        if self.memory.z.shape[1]!=z.shape[1]:
-            raise ValueError(f"queue={self.queue}: the saved memory holds {self.memory.z.shape[1]} values an embedding, "
+        dim = self.memory.z.shape[1]
+        if dim!=z.shape[1]:
+            raise ValueError(f"queue={self.queue}: the saved memory holds {dim} values an embedding, "
                 f"this network gives {z.shape[1]}: use the head of then")
         self.memory.z = self.memory.z.to(z.device)
         self.memory.count = self.memory.count.to(z.device)
@@ -421,13 +436,14 @@ class PhantomEmbeddings(Regularizer):
         if self.memory: state |= dict(z=self.memory.z.clone(), count=self.memory.count.clone())
         return state
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state:dict):
         super().load_state_dict(state)
         if 'gen' in state: self.gen.set_state(state['gen'].cpu())
         if not (self.queue and 'z' in state): return
         n_classes,(rows,dim) = len(state['count']),state['z'].shape
         if rows!=n_classes*self.queue+1:
-            raise ValueError(f"queue={self.queue}: the saved memory holds {(rows-1)//n_classes} of each class: use the queue of then")
+            raise ValueError(f"queue={self.queue}: the saved memory holds {(rows-1)//n_classes} of each class: "
+                "use the queue of then")
         self.memory = ClassQueue(n_classes, self.queue, dim)
         self.memory.z,self.memory.count = state['z'].clone(),state['count'].clone()
         self._loaded = True

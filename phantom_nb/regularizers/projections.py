@@ -187,7 +187,7 @@ def energy_slopes(
     ws:list, # of (l,g,n,d) neurons, a tensor a stack of layers
     ps:list, # of (l,m,k,d) projections
     form:Form, # which energy, the half space left out
-    cs=None # not used, as `angle_slopes` has it
+    cs:list|None=None # not used, as `angle_slopes` has it
 )->list: # of (l,m,k,d) gradients of the full-space energies in the projections
     "Compute the gradients of the full-space energy in the projections (eq. 2)."
     form = form._replace(half_space=False)

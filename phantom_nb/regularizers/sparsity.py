@@ -66,7 +66,7 @@ class TargetedSparsity(Regularizer):
 
     def __init__(self,
         lam:float|Callable=1., # weight >= 0, or an annealer
-        layers:type|str|Callable|list='auto', # 'auto', 'all', 'early', 'middle', 'late', or a selector of `select_layers`
+        layers:type|str|Callable|list='auto', # 'auto', 'all', 'early', 'middle', 'late', or see `select_layers`
         target:float=0., # sparsity below which there is no force, in [0,1)
         over:str='samples', # 'units', 'samples' or 'positions', see `activation_sparsity`
         correlation:float=0., # weight of the filters' correlation against sparsity, >= 0
