@@ -8,6 +8,7 @@ __all__ = ['SHORT', 'Form', 'Directions', 'directions', 'radial_part', 'full_flo
 
 # %% ../../nbs/regularizers/energy.ipynb #9c0c9d71
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Form(NamedTuple):
     angular:bool=False
     eps:float|None=None
 
-    def check(self):
+    def check(self)->'Form': # itself
         "Return it, or raise a `ValueError` that names the option."
         number('s', self.s, at_least=0, at_most=10, what='a power')
         if self.eps is not None: number('eps', self.eps, at_least=0, what='None, or a number')
@@ -229,7 +230,7 @@ def hyperspherical_energy(
     eps:float|None=None, # added to the squared norms and to the angles, >= 0 (authors: 1e-4); None: relative, see eq. 1
     each:bool=False # give the energy of every group rather than their mean
 )->Tensor: # scalar of float32 (float64 for such input): mean energy of a pair; `(g,)` with `each`
-    "Compute the hyperspherical energy of neurons; raise a `ValueError` for wrong shapes or options (Liu 2018; eq. 2, 4)."
+    "Compute the hyperspherical energy of neurons; `ValueError` for wrong shapes or options (Liu 2018; eq. 2, 4)."
     _check_neurons(w)
     form = Form(s, half_space, angular, eps).check()
     if w.ndim==2: w = w[None]
@@ -267,7 +268,7 @@ class MHE(Regularizer):
         output:float=10., # factor of the output layer, >= 0
         eps:float|None=None, # see `hyperspherical_energy`
         every:int=1, # steps from one penalty to the next, >= 1
-        layers=None # see `select_layers`
+        layers:type|str|Callable|list|None=None # see `select_layers`
     ):
         super().__init__(lam, every, layers)
         Form(s, half_space, angular, eps).check()
@@ -283,7 +284,7 @@ class MHE(Regularizer):
         half_space:bool=False, # half-space energy for hidden layers
         angular:bool=False, # angular distance
         **kwargs # further options of `MHE`
-    ): # the callback
+    )->'MHE': # the callback
         "Make `MHE` with the authors' factors and epsilon (wy1iu/MHE at c884a4e)."
         return cls(lam, s, half_space, angular, **{**authors_factors(s, angular), 'eps':1e-4, **kwargs})
 
