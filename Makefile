@@ -15,13 +15,16 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help compare test notebooks style docs readme constraints clean
+.PHONY: help compare gpu test notebooks style docs readme constraints clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 compare: $(VENV)/.runtime ## Compare every method on the embedded data; options: make compare ARGS="--help"
 	@phantom_nb compare $(ARGS)
+
+gpu: $(VENV)/.runtime ## Run what waits for a GPU, in pieces that resume; says so where there is none
+	@phantom_nb gpu $(ARGS)
 
 test: $(VENV)/.dev notebooks style docs ## Run everything: notebooks, style, docs site, and pytest last
 	$(call step,pytest)
