@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_TYPES', 'matches', 'select_layers', 'weight_view', 'TrainingCallback', 'gradient_norm', 'Regularizer',
-           'L2Penalty', 'ActivationRegularizer', 'scalar_with_gradients', 'SecondPass', 'ReplacedLoss']
+           'L2Penalty', 'ActivationRegularizer']
 
 # %% ../nbs/core.ipynb #94be1dac
 import copy, logging, math, secrets
@@ -17,12 +17,10 @@ import pandas as pd, torch
 from fastai.basics import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import to_float
 from fastcore.basics import class2attr, store_attr
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .checks import number, whole
 from .hooks import catch, is_compiled, unwrap
@@ -340,157 +338,3 @@ class ActivationRegularizer(Regularizer):
         if self._hooks: self._hooks.__exit__(None, None, None)
         self._hooks = None
         self.acts = {}
-
-# %% ../nbs/core.ipynb #bea6a3e6
-class _Scalar(torch.autograd.Function):
-    "A scalar of a given value and of given gradients"
-    @staticmethod
-    def forward(context, value, gradients, *parameters):
-        context.gradients = gradients
-        return value.clone()
-    @staticmethod
-    def backward(context, outer): return None, None, *(outer*gradient for gradient in context.gradients)
-
-def scalar_with_gradients(
-    value:Tensor, # scalar
-    gradients:list, # a tensor for each of `parameters`, of its shape
-    parameters:list # tensors that require a gradient
-)->Tensor: # `value`, whose gradient is `gradients`
-    "Make a scalar from its value and its gradients (PyTorch)."
-    return _Scalar.apply(value.detach(), gradients, *parameters)
-
-# %% ../nbs/core.ipynb #6f0bc103
-class SecondPass(Regularizer):
-    "Base for gradients taken at displaced weights: a method says where, in `displacement` (Foret 2021)."
-    kind = 'second_pass'
-    order = Regularizer.order+.5 # behind the penalties, ahead of what divides and scales the loss
-    decomposes = False
-    _random = None
-    _alone = False # whether the loss is still the data's, so that its graph is needed once
-
-    def displacement(self,
-        weights:list, # parameters that get a gradient
-        gradients:list, # of the data loss at `weights`
-        gradients_at:Callable # function: displacement -> gradients there, one more pass
-    )->list: # a tensor for each weight
-        raise NotImplementedError(f"{type(self).__name__} must define displacement()")
-
-    def setup(self):
-        others = [cb for cb in getattr(self.learn, 'cbs', []) if isinstance(cb, Regularizer) and cb is not self]
-        names = [type(cb).__name__ for cb in others]
-        own = type(self).__name__
-        for cb,name in zip(others, names):
-            if cb.kind=='second_pass': raise ValueError(f"{own} and {name} both move the weights: choose one")
-        if names and is_compiled(self.model):
-            raise ValueError(f"{own} with {', '.join(names)} goes twice through one graph, which is not safe on a "
-                "compiled network: leave one out, or do not compile")
-
-    def open(self): self._random = _random_state(next(self.model.parameters()).device)
-
-    def penalty(self):
-        found = [p for p in self.model.parameters() if p.requires_grad]
-        if self.learn.loss is None:
-            raise ValueError(f"{type(self).__name__} needs the data loss: penalty(y, loss=loss, again=...)")
-        here = self._gradients(self.learn.loss, found, retain_graph=not self._alone, allow_unused=True)
-        self._weights = [p for p,g in zip(found, here) if g is not None]
-        self._here = [g for g in here if g is not None]
-        def gradients_at(displacement): return self._pass(self._weights, displacement)[1]
-        displacement = self.displacement(self._weights, self._here, gradients_at)
-        loss,there = self._pass(self._weights, displacement)
-        changes = [b-a for a,b in zip(self._here, there)]
-        return scalar_with_gradients(loss-self.learn.loss.detach(), changes, self._weights)
-
-    def only_chosen(self,
-        weights:list, # parameters
-        gradients:list # a tensor for each
-    )->list: # the gradients, zero for weights outside `layers`, which are not displaced
-        if self.layers is None: return gradients
-        ids = {id(p) for module in self.selected.values() for p in module.parameters()}
-        return [g if id(w) in ids else torch.zeros_like(g) for w,g in zip(weights, gradients)]
-
-    def after_loss(self):
-        self._alone = self.lam_now()>0 and self.is_due() and _is_copy(self.learn.loss, self.learn.loss_grad)
-        term = self.term()
-        self.close()
-        if term is not None and term.requires_grad:
-            data = self.learn.loss_grad
-            if self._alone: data = scalar_with_gradients(data, self._here, self._weights)
-            self.learn.loss_grad = data + term
-        self._alone,self._here,self._weights = False,[],[]
-
-    def _norms(self, term): return gradient_norm(term, self._weights), nn.utils.get_total_norm(self._here)
-
-    def _gradients(self, loss, weights, **options):
-        "Gradients, of the scaled loss on the way: half precision would lose small ones"
-        scale = self.loss_scale()
-        with torch.enable_grad(): scaled = loss if scale==1 else loss*scale
-        gradients = torch.autograd.grad(scaled, weights, **options)
-        return gradients if scale==1 else [g if g is None else g/scale for g in gradients]
-
-    def _pass(self, weights, displacement):
-        "Loss and gradients of the batch at displaced weights; all is put back, also on an exception"
-        kept = [(t, t.detach().clone()) for t in [*weights, *self.model.buffers()]]
-        try:
-            # `data` keeps autograd from counting this as a change: the values come back before the first graph is used
-            for weight,step in zip(weights, displacement): weight.data.add_(step)
-            with torch.enable_grad(), _with_random_state(self._random): loss = self._loss_again()
-            return loss.detach(), self._gradients(loss, weights, materialize_grads=True, allow_unused=True)
-        finally:
-            for tensor,value in kept: tensor.data.copy_(value)
-
-    def _loss_again(self):
-        "Loss of the same batch, in the precision of training"
-        again = getattr(self.learn, 'again', None) # of a loop of one's own
-        if again: return again()
-        # parallel wrappers count their forward passes; the gradients are averaged when the optimizer's are
-        model = self.learn.model
-        if isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
-        device,(on,dtype) = next(model.parameters()).device.type,self._autocast
-        with torch.autocast(device, dtype=dtype, enabled=on): pred = model(*self.learn.xb)
-        return self.learn.loss_func(to_float(pred) if on else pred, *self.learn.yb)
-
-    def term(self):
-        device = next(self.model.parameters()).device.type
-        self._autocast = torch.is_autocast_enabled(device),torch.get_autocast_dtype(device)
-        return super().term()
-
-def _is_copy(copy, original):
-    "Whether one tensor is made from another by copying alone, as fastai makes `loss` from `loss_grad`"
-    node = copy.grad_fn
-    while node is not None and node is not original.grad_fn and node.name() in ('AliasBackward0','CloneBackward0'):
-        node = node.next_functions[0][0]
-    return node is original.grad_fn
-
-def _random_state(device):
-    "Random states that a pass on `device` draws from"
-    return device,torch.get_rng_state(),torch.cuda.get_rng_state(device) if device.type=='cuda' else None
-
-class _with_random_state:
-    "Draw from a saved random state inside, and go on with the present one behind"
-    def __init__(self, state):
-        self.device,self.cpu,self.cuda = state
-        self.fork = torch.random.fork_rng(devices=[self.device] if self.cuda is not None else [])
-    def __enter__(self):
-        self.fork.__enter__()
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None: torch.cuda.set_rng_state(self.cuda, self.device)
-    def __exit__(self, *error): return self.fork.__exit__(*error)
-
-# %% ../nbs/core.ipynb #c435696e
-class ReplacedLoss(Regularizer):
-    "Base for a loss of other outputs: a method says which, in `outputs` (Wang 2019)."
-    kind = 'loss'
-    decomposes = False # outputs behind batch normalization depend on the batch
-    def outputs(self,
-        pred:Tensor, # (B,C) float32 outputs of the network
-        lam:float # weight at this step, >= 0
-    )->Tensor: # (B,C) what the loss gets in their place; `pred` itself at lam=0
-        raise NotImplementedError(f"{type(self).__name__} must define outputs()")
-
-    def factor(self, lam:float): return self.every*float(lam>0)
-    def penalty(self):
-        pred = self.learn.pred
-        if not isinstance(pred, Tensor):
-            raise ValueError(f"the network gives a {type(pred).__name__}: {type(self).__name__} needs logits (B,C)")
-        pred = pred.float()
-        return self.loss_of(self.outputs(pred, self.lam_now()))-self.loss_of(pred)

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from phantom_nb.contract import check_regularizer
-from phantom_nb.core import L2Penalty, SecondPass
+from phantom_nb.core import L2Penalty
+from phantom_nb.kinds import SecondPass
 from phantom_nb.data import get_dls
 from phantom_nb.plain import attach
 from phantom_nb.regularizers.flatness import AMP, SAM, amp_displacement, sam_displacement

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..checks import number, whole
-from ..core import SecondPass
+from ..kinds import SecondPass
 
 # %% ../../nbs/regularizers/flatness.ipynb #de49cecf
 def sam_displacement(

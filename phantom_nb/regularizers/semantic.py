@@ -12,7 +12,8 @@ import torch
 from fastai.callback.mixup import MixHandler
 from torch import Tensor
 
-from ..core import ActivationRegularizer, ReplacedLoss
+from ..core import ActivationRegularizer
+from ..kinds import ReplacedLoss
 from ..measures.embeddings import as_embeddings, find_head
 
 # %% ../../nbs/regularizers/semantic.ipynb #b843e175
