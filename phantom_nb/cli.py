@@ -6,10 +6,8 @@
 __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', 'Methods', 'Seeds', 'Epochs', 'Model',
            'Pretrained', 'Augment', 'Size', 'Lr', 'Precision', 'Out', 'Root', 'Jobs', 'Budget', 'Spec', 'SweepOut',
            'Limit', 'Engine', 'Address', 'Recorded', 'Where', 'Over', 'Metric', 'Lower', 'Baseline', 'Export', 'Plot',
-           'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Sample', 'Figure', 'Pieces', 'Listed', 'seconds_of', 'words',
-           'option', 'argument', 'names', 'cell', 'show_table', 'wide_console', 'Watch', 'shared_fields', 'compare',
-           'compare_folder', 'planned', 'sweep', 'check_suffix', 'results', 'data_command', 'bench', 'measure', 'gpu',
-           'show_version', 'common', 'main']
+           'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Sample', 'Figure', 'Pieces', 'Listed', 'seconds_of',
+           'compare', 'sweep', 'results', 'data_command', 'bench', 'measure', 'gpu', 'main']
 
 # %% ../nbs/cli.ipynb #3b88872f
 import os, re, sys
@@ -36,7 +34,7 @@ def seconds_of(
     if total>0: return total
     raise ValueError(f"--time-budget {text!r}: write a duration such as 90s, 30m, 2h or 1h30m")
 
-def words(seconds:float)->str:
+def _words(seconds:float)->str:
     "Write a duration for people"
     if seconds<90: return f"{seconds:.0f} s"
     return f"{seconds/60:.0f} min" if seconds<5400 else f"{seconds/3600:.1f} h"
@@ -48,55 +46,62 @@ BENCH_NAMES = 'energy','comhe','phantom','sparsity','monitor','measures','rivals
 ENGINE_NAMES = 'local','ray'
 PICTURES = '.png','.svg','.pdf'
 
-def option(help): return typer.Option(help=help)
-def argument(help): return typer.Argument(help=help)
-def names(d): return ', '.join(d)
+def _option(help): return typer.Option(help=help)
+def _argument(help): return typer.Argument(help=help)
+def _names(d): return ', '.join(d)
 
-Data = Annotated[str, option(f"Data set ({names(DATA_NAMES)}) or a folder of images: train/CLASS/*, test/CLASS/*.")]
-NTrain = Annotated[int|None, option("Training images, class-balanced. Default: digits 200, cifar100 5000, a folder's all, else 1000.")]
-Methods = Annotated[str|None, option(f"Comma-separated, joined by + to combine, from: {names(METHODS)}. Default: all that differ.")]
-Seeds = Annotated[int|None, option("Runs of every method, with seeds 0, 1, ... Default: 5, or what fits the time.")]
-Epochs = Annotated[int|None, option("Passes over the training images. Default: what suits the data, or fits the time.")]
-Model = Annotated[str, option(f"Network: {names(MODEL_NAMES)}, or timm:NAME, torchvision:NAME.")]
-Pretrained = Annotated[bool, option("Begin with the library's weights; the head is trained alone for the first epoch.")]
-Augment = Annotated[str, option("auto, none, crop, resized or full. Default: none; auto for a folder.")]
-Size = Annotated[int|None, option("Side of the images in pixels. Default: the data's own.")]
-Lr = Annotated[float|None, option("Highest learning rate. Default: 0.01; 0.002 with --pretrained.")]
-Precision = Annotated[str, option("float32, bf16, or auto: what a few timed steps show to be faster.")]
-Out = Annotated[Path|None, option("Folder for the results. Default: compare/DATA-N_TRAIN.")]
-Root = Annotated[Path|None, option("Folder to look for the data first.")]
-Jobs = Annotated[int|None, option("Runs at a time. Default: one a core, or four a GPU.")]
-Budget = Annotated[str|None, option("Time for everything, such as 30m or 2h; what does not fit is left out, and said.")]
+Data = Annotated[str, _option(f"Data set ({_names(DATA_NAMES)}) or a folder of images: train/CLASS/*, test/CLASS/*.")]
+NTrain = Annotated[int|None, _option("Training images, class-balanced. "
+    "Default: digits 200, cifar100 5000, a folder's all, else 1000.")]
+Methods = Annotated[str|None, _option(f"Comma-separated, joined by + to combine, from: {_names(METHODS)}. "
+    "Default: all that differ.")]
+Seeds = Annotated[int|None, _option("Runs of every method, with seeds 0, 1, ... Default: 5, or what fits the time.")]
+Epochs = Annotated[int|None, _option("Passes over the training images. "
+    "Default: what suits the data, or fits the time.")]
+Model = Annotated[str, _option(f"Network: {_names(MODEL_NAMES)}, or timm:NAME, torchvision:NAME.")]
+Pretrained = Annotated[bool, _option("Begin with the library's weights; "
+    "the head is trained alone for the first epoch.")]
+Augment = Annotated[str, _option("auto, none, crop, resized or full. Default: none; auto for a folder.")]
+Size = Annotated[int|None, _option("Side of the images in pixels. Default: the data's own.")]
+Lr = Annotated[float|None, _option("Highest learning rate. Default: 0.01; 0.002 with --pretrained.")]
+Precision = Annotated[str, _option("float32, bf16, or auto: what a few timed steps show to be faster.")]
+Out = Annotated[Path|None, _option("Folder for the results. Default: compare/DATA-N_TRAIN.")]
+Root = Annotated[Path|None, _option("Folder to look for the data first.")]
+Jobs = Annotated[int|None, _option("Runs at a time. Default: one a core, or four a GPU.")]
+Budget = Annotated[str|None, _option("Time for everything, such as 30m or 2h; "
+    "what does not fit is left out, and said.")]
 
 # %% ../nbs/cli.ipynb #c63db5bc
-def cell(value):
+def _cell(value):
     "A value for people"
     if value!=value or value is None: return '-'
     if not isinstance(value, float): return str(value)
     return f"{value:.0f}" if value>=1000 else f"{value:.3g}"
 
-def show_table(df, console, title=None):
+def _show_table(df, console, title=None):
     "Print a frame"
     from rich.box import SIMPLE
     from rich.table import Table
     table = Table(*map(str, df), title=title, box=SIMPLE, pad_edge=False)
-    for row in df.itertuples(index=False): table.add_row(*map(cell, row))
+    for row in df.itertuples(index=False): table.add_row(*map(_cell, row))
     console.print(table)
 
 # %% ../nbs/cli.ipynb #4b019efd
-def wide_console():
+def _wide_console():
     "Wide enough for a table where no terminal says how wide it is"
     console = Console()
     return console if console.is_terminal or 'COLUMNS' in os.environ else Console(width=140)
 
-class Watch:
+class _Watch:
     "Tell about every run as it comes in"
     def __init__(self, n, console, setting=False):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress
+        from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
         self.n,self.i = n,0
         self.console = console
         self.setting = setting # name the data set too
-        columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn())
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task('starting', total=n)
 
@@ -109,7 +114,8 @@ class Watch:
         self.i += 1
         self.bar.update(self.task, advance=1, description=f"{what:24}")
         if self.console.is_terminal and not always: return
-        self.console.print(f"[{self.i}/{self.n}] {what}: {line}", style=style, markup=False, highlight=False, soft_wrap=True)
+        told = f"[{self.i}/{self.n}] {what}: {line}"
+        self.console.print(told, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def __call__(self, row):
         what = f"{row['method']} seed {row['seed']}"
@@ -125,7 +131,7 @@ class Watch:
         self.step(f"tuned {row.method} on {row.data} {row.n_train}", found)
 
 # %% ../nbs/cli.ipynb #379c466c
-def shared_fields(data, model, pretrained, augment, size, lr, precision):
+def _shared_fields(data, model, pretrained, augment, size, lr, precision):
     "Fields of `Run` that all runs of a comparison share, checked"
     folder = check_data(data) not in DATA_NAMES
     check_model(model)
@@ -146,22 +152,23 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     chosen = [name.strip() for name in methods.split(',')] if methods else None
     for name in chosen or []: method_parts(name)
     if seeds is not None: whole('seeds', seeds, 1, what="a whole number (5 or more for useful intervals)")
-    budget,fields = seconds_of(time_budget),shared_fields(data, model, pretrained, augment, size, lr, precision)
+    budget,fields = seconds_of(time_budget),_shared_fields(data, model, pretrained, augment, size, lr, precision)
     if epochs is not None: whole('epochs', epochs, 1)
     if epochs==1: fields.pop('frozen', None) # nothing is left after the head's epoch
     Run(**{**fields, 'frozen':0})
     from phantom_nb.experiments import plan, runner
     from phantom_nb.experiments.report import show_comparison
-    console,advice = wide_console(),None
-    if budget is None: runs = plan.comparison_runs(n_train=n_train, methods=chosen, seeds=seeds or 5, epochs=epochs, **fields)
-    else: runs,advice = planned(plan, console, fields, n_train, budget, chosen, seeds, epochs, out, root, jobs)
-    out = out or compare_folder(data, runs[0].n_train)
+    console,advice = _wide_console(),None
+    if budget is None:
+        runs = plan.comparison_runs(n_train=n_train, methods=chosen, seeds=seeds or 5, epochs=epochs, **fields)
+    else: runs,advice = _planned(plan, console, fields, n_train, budget, chosen, seeds, epochs, out, root, jobs)
+    out = out or _compare_folder(data, runs[0].n_train)
     runner.make_learner(runs[0], root)
     runs = runner.settle_precision(runs, out/'runs', root)
     there = {p.stem.rsplit('-')[-1] for p in (out/'runs').glob('*.json')} & {run.key for run in runs}
     if there: console.print(f"{len(there)} of {len(runs)} runs are recorded already in {out}.", highlight=False)
     code = 0
-    with Watch(len(runs), console) as watch:
+    with _Watch(len(runs), console) as watch:
         try: runner.run_many(runs, jobs=jobs, time_budget=budget, store=out/'runs', root=root, on_row=watch)
         except KeyboardInterrupt: code = 130
     show_comparison(runs, out, console)
@@ -170,16 +177,21 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     raise typer.Exit(code)
 
 # %% ../nbs/cli.ipynb #66a98f97
-def compare_folder(data, n_train): return Path('compare')/f"{Path(data).expanduser().resolve().name if '/' in data else data}-{n_train or 'all'}"
+def _compare_folder(data, n_train):
+    "Where the results of a comparison go"
+    name = Path(data).expanduser().resolve().name if '/' in data else data
+    return Path('compare')/f"{name}-{n_train or 'all'}"
 
-def planned(plan, console, fields, n_train, budget, methods, seeds, epochs, out, root, jobs):
+def _planned(plan, console, fields, n_train, budget, methods, seeds, epochs, out, root, jobs):
     "Runs that fit a time, told on the console; and what gives the answer in words at the end"
     frozen = fields.pop('frozen', 0)
     run = Run(**fields, n_train=n_train, epochs=max(2, epochs or 2), frozen=frozen)
-    out = out or compare_folder(fields['data'], n_train)
+    out = out or _compare_folder(fields['data'], n_train)
     asked = dict(fields, n_train=n_train, budget=budget, methods=methods, seeds=seeds, epochs=epochs)
-    runs,fit = plan.kept_plan(out/'plan.json', lambda: plan.plan_comparison(run, budget, methods, seeds, epochs, root, jobs=jobs), asked)
-    console.print(f"{len(fit.methods)} methods, {fit.seeds} seeds, {fit.epochs} epochs: about {words(fit.seconds)}.", highlight=False)
+    def make(): return plan.plan_comparison(run, budget, methods, seeds, epochs, root, jobs=jobs)
+    runs,fit = plan.kept_plan(out/'plan.json', make, asked)
+    size = f"{len(fit.methods)} methods, {fit.seeds} seeds, {fit.epochs} epochs"
+    console.print(f"{size}: about {_words(fit.seconds)}.", highlight=False)
     for sentence in fit.left_out: console.print(sentence[0].upper()+sentence[1:]+'.', highlight=False)
     console.print(plan.detectable_words(fit.seeds, len(fit.methods)-1), highlight=False)
     def advice(runs, out):
@@ -191,11 +203,12 @@ def planned(plan, console, fields, n_train, budget, methods, seeds, epochs, out,
     return runs,advice
 
 # %% ../nbs/cli.ipynb #af1858aa
-Spec = Annotated[Path, argument("The experiment's file, in TOML.")]
-SweepOut = Annotated[Path|None, option("Folder for the results. Default: sweeps/EXPERIMENT.")]
-Limit = Annotated[str|None, option("Time such as 90s, 30m or 2h, after which it stops at the end of an epoch. Default: no limit.")]
-Engine = Annotated[str, option(f"Where it runs: {names(ENGINE_NAMES)}.")]
-Address = Annotated[str|None, option("Address of a Ray cluster. Default: one that is started here.")]
+Spec = Annotated[Path, _argument("The experiment's file, in TOML.")]
+SweepOut = Annotated[Path|None, _option("Folder for the results. Default: sweeps/EXPERIMENT.")]
+Limit = Annotated[str|None, _option("Time such as 90s, 30m or 2h, after which it stops at the end of an epoch. "
+    "Default: no limit.")]
+Engine = Annotated[str, _option(f"Where it runs: {_names(ENGINE_NAMES)}.")]
+Address = Annotated[str|None, _option("Address of a Ray cluster. Default: one that is started here.")]
 
 @app.command()
 def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='local', jobs:Jobs=None, root:Root=None,
@@ -206,11 +219,12 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     budget,experiment = seconds_of(time_budget),load_sweep(spec)
     from phantom_nb.experiments.report import show_results
     from phantom_nb.experiments.runner import load_results, make_learner
-    console,code = wide_console(),0
+    console,code = _wide_console(),0
     for part in experiment.parts: make_learner(part.runs[0], root)
     out,n = out or Path('sweeps')/experiment.name, len(experiment.runs)
-    todo = n + sum(len({(run.method, run.data, run.n_train, run.model) for run in part.runs}) for part in experiment.parts if part.tune)
-    with Watch(todo, console, setting=True) as watch:
+    def n_studies(part): return len({(run.method, run.data, run.n_train, run.model) for run in part.runs})
+    todo = n + sum(n_studies(part) for part in experiment.parts if part.tune)
+    with _Watch(todo, console, setting=True) as watch:
         try: run_sweep(experiment, out, budget, root, watch, watch.study, engine=engine, jobs=jobs, address=address)
         except KeyboardInterrupt: code = 130
     df = load_results(out/'runs') if (out/'runs').exists() else None
@@ -222,25 +236,27 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     raise typer.Exit(code)
 
 # %% ../nbs/cli.ipynb #409f9fb9
-Recorded = Annotated[Path, argument("Folder of a sweep or comparison or of .jsonl files, or one such file.")]
-Where = Annotated[list[str]|None, option("Keep rows with column=value; may be repeated.")]
-Over = Annotated[str|None, option("Comma-separated columns that tell comparisons apart. Default: what varies.")]
-Metric = Annotated[str, option("What is compared: accuracy, or a loss such as loss or train_loss.")]
-Lower = Annotated[bool|None, option("Whether low values of the metric are better. Default: known for losses, similarity, gap and the like.")]
-Baseline = Annotated[str, option("What the others are compared with.")]
-Export = Annotated[Path|None, option("Write the rows (.jsonl, .csv) or the table (.md).")]
-Plot = Annotated[Path|None, option("Draw forest plots into this file (.png, .svg, .pdf).")]
+Recorded = Annotated[Path, _argument("Folder of a sweep or comparison or of .jsonl files, or one such file.")]
+Where = Annotated[list[str]|None, _option("Keep rows with column=value; may be repeated.")]
+Over = Annotated[str|None, _option("Comma-separated columns that tell comparisons apart. Default: what varies.")]
+Metric = Annotated[str, _option("What is compared: accuracy, or a loss such as loss or train_loss.")]
+Lower = Annotated[bool|None, _option("Whether low values of the metric are better. "
+    "Default: known for losses, similarity, gap and the like.")]
+Baseline = Annotated[str, _option("What the others are compared with.")]
+Export = Annotated[Path|None, _option("Write the rows (.jsonl, .csv) or the table (.md).")]
+Plot = Annotated[Path|None, _option("Draw forest plots into this file (.png, .svg, .pdf).")]
 
-def check_suffix(path, suffixes):
+def _check_suffix(path, suffixes):
     "Refuse a file name whose ending says nothing"
-    if path and path.suffix not in suffixes: raise ValueError(f"{str(path)!r}: give a file name that ends in {', '.join(suffixes)}")
+    if path and path.suffix not in suffixes:
+        raise ValueError(f"{str(path)!r}: give a file name that ends in {', '.join(suffixes)}")
 
 @app.command()
 def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accuracy', lower_is_better:Lower=None,
     baseline:Baseline='none', export:Export=None, plot:Plot=None):
     "Show, filter, export and draw recorded runs."
-    check_suffix(export, ('.jsonl','.csv','.md'))
-    check_suffix(plot, PICTURES)
+    _check_suffix(export, ('.jsonl','.csv','.md'))
+    _check_suffix(plot, PICTURES)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: give a store's folder or a .jsonl file")
     from phantom_nb.experiments.report import as_markdown, filter_rows, plot_comparisons, save_figure, show_results
     from phantom_nb.experiments.store import load_results, save_results, write_atomic
@@ -250,31 +266,31 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accu
     one_of('metric', metric, [*df.select_dtypes('number')])
     columns = [column.strip() for column in over.split(',')] if over else None
     higher = None if lower_is_better is None else not lower_is_better
-    table = show_results(df, wide_console(), columns, metric=metric, baseline=baseline, higher_is_better=higher)
+    table = show_results(df, _wide_console(), columns, metric=metric, baseline=baseline, higher_is_better=higher)
     if export:
         if export.suffix=='.jsonl': save_results(df, export)
         else: write_atomic(export, df.to_csv(index=False) if export.suffix=='.csv' else as_markdown(table)+'\n')
     if plot: save_figure(plot_comparisons(table), plot)
 
 # %% ../nbs/cli.ipynb #45eca39f
-Name = Annotated[str|None, argument(f"Data set ({names(DATA_NAMES)}) or folder to look at. Default: all.")]
-Download = Annotated[bool, option("Fetch it with torchvision if it is not here.")]
-Bench = Annotated[str, argument(f"Benchmark: {names(BENCH_NAMES)}.")]
-Kept = Annotated[Path, option("Folder to keep the numbers in.")]
+Name = Annotated[str|None, _argument(f"Data set ({_names(DATA_NAMES)}) or folder to look at. Default: all.")]
+Download = Annotated[bool, _option("Fetch it with torchvision if it is not here.")]
+Bench = Annotated[str, _argument(f"Benchmark: {_names(BENCH_NAMES)}.")]
+Kept = Annotated[Path, _option("Folder to keep the numbers in.")]
 
 @app.command('data')
 def data_command(name:Name=None, download:Download=False, root:Root=None):
     "List the data sets that are available here, or load one."
-    if download and name is None: raise ValueError(f"--download needs a name: {names(DATA_NAMES)}")
+    if download and name is None: raise ValueError(f"--download needs a name: {_names(DATA_NAMES)}")
     if name is not None: check_data(name)
     from phantom_nb.data import available, load_dataset
-    console = wide_console()
+    console = _wide_console()
     if name is not None: return console.print(load_dataset(name, root, download=download))
     df = available(root).rename_axis('data set').reset_index().rename(columns=dict(found='here', train='training'))
     df['here'] = df.here.map({True:'yes', False:'no'})
     df['shape'] = ['×'.join(map(str, shape)) for shape in df['shape']]
     for column in ('training','test'): df[column] = df[column].replace(0, None)
-    show_table(df[['data set','here','training','test','shape','classes','source']], console)
+    _show_table(df[['data set','here','training','test','shape','classes','source']], console)
 
 @app.command()
 def bench(name:Bench, out:Kept=Path('results')):
@@ -283,54 +299,56 @@ def bench(name:Bench, out:Kept=Path('results')):
     from phantom_nb.experiments.bench import BENCHES, save_bench
     from phantom_nb.experiments.timing import bench_step
     df = {'step':bench_step, **BENCHES}[name]()
-    console = wide_console()
+    console = _wide_console()
     title = f"{name} on {df.device[0]}, {df.threads[0]} threads"
-    columns = [column for column in df if column!='threads' and (df[column].dtype.kind in 'if' or df[column].nunique()>1)]
-    show_table(df[columns], console, title)
+    def tells(column): return column!='threads' and (df[column].dtype.kind in 'if' or df[column].nunique()>1)
+    _show_table(df[[column for column in df if tells(column)]], console, title)
     console.print(f"Kept in {save_bench(name, df, out)}")
 
 # %% ../nbs/cli.ipynb #d7fabfc3
-Saved = Annotated[Path, argument("File of learn.export. It is a pickle: open only what you trust.")]
-Sample = Annotated[int, option("Training images to measure on, class-balanced.")]
-Figure = Annotated[Path|None, option("File of the figure (.png, .svg, .pdf). Default: LEARNER.png beside the learner.")]
+Saved = Annotated[Path, _argument("File of learn.export. It is a pickle: open only what you trust.")]
+Sample = Annotated[int, _option("Training images to measure on, class-balanced.")]
+Figure = Annotated[Path|None, _option("File of the figure (.png, .svg, .pdf). "
+    "Default: LEARNER.png beside the learner.")]
 
 @app.command()
 def measure(learner:Saved, data:Data='digits', n:Sample=1000, plot:Figure=None, root:Root=None):
     "Report how much a saved learner tells apart inside its classes, by layer; save the figure."
     check_data(data)
     plot = plot or learner.with_suffix('.png')
-    check_suffix(plot, PICTURES)
+    _check_suffix(plot, PICTURES)
     if not plot.parent.is_dir(): raise ValueError(f"{str(plot)!r}: the folder does not exist, make it first")
     from phantom_nb.experiments.learner import loaders_for, open_learner
     from phantom_nb.experiments.report import save_figure
     from phantom_nb.measures.intraclass import intraclass_report
-    learn,console = open_learner(learner),wide_console()
+    learn,console = open_learner(learner),_wide_console()
     table,fig = intraclass_report(learn, n, dl=loaders_for(learn, data, n, root).train)
     save_figure(fig.axes, plot)
     right = f"{100*table.attrs['accuracy']:.1f}% right"
     console.print(f"{learner.name} on {table.attrs['n']} training images of {data}: {right}", highlight=False)
-    show_table(table.rename_axis('layer').reset_index(), console)
+    _show_table(table.rename_axis('layer').reset_index(), console)
     console.print("Larger is better for all; compare networks trained on the same classes.", style='dim')
     console.print(f"Figure: {plot}", soft_wrap=True, highlight=False)
 
 # %% ../nbs/cli.ipynb #a56166dc
-Pieces = Annotated[str|None, argument("One piece by its name. Default: all that are not done.")]
-Listed = Annotated[bool, option("Only list the pieces.")]
+Pieces = Annotated[str|None, _argument("One piece by its name. Default: all that are not done.")]
+Listed = Annotated[bool, _option("Only list the pieces.")]
 
 @app.command()
 def gpu(piece:Pieces=None, listed:Listed=False, out:Kept=Path('results')):
     "Run everything that is marked for a GPU, in pieces of under ten minutes that resume."
     from phantom_nb.experiments.gpu import run_pieces
-    raise typer.Exit(run_pieces(wide_console(), piece, listed, out))
+    raise typer.Exit(run_pieces(_wide_console(), piece, listed, out))
 
 # %% ../nbs/cli.ipynb #2047e094
-def show_version(wanted:bool):
+def _show_version(wanted:bool):
     if not wanted: return
     typer.echo(f"phantom_nb {__version__}")
     raise typer.Exit()
 
 @app.callback()
-def common(version:Annotated[bool, typer.Option('--version', help="Show the version.", callback=show_version, is_eager=True)]=False): pass
+def _common(version:Annotated[bool, typer.Option('--version', help="Show the version.", callback=_show_version,
+    is_eager=True)]=False): pass
 
 def main(
     args:list|None=None # arguments; None for those of the process
