@@ -36,7 +36,7 @@ from ..regularizers.sparsity import SparsityMonitor, TargetedSparsity
 # %% ../../nbs/experiments/bench.ipynb #079ce10f
 def device_or_default(
     device:str|torch.device|None # None for the GPU if there is one
-)->torch.device:
+)->torch.device: # where it runs
     "Choose the device of a benchmark (ours)."
     return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
@@ -134,7 +134,8 @@ def _loop_row(run, root, device, seconds):
     with tempfile.TemporaryDirectory() as folder:
         Checkpoint(Path(folder)/'state.pth').resume(learn)
         ours_time,plain_time = best_seconds(partial(learn.fit, 2), plain, seconds=seconds, rounds=3)
-    row = dict(model=run.model, n=len(x), bs=run.bs, precision=run.precision, plain_ms=500*plain_time, ours_ms=500*ours_time)
+    row = dict(model=run.model, n=len(x), bs=run.bs, precision=run.precision)
+    row |= dict(plain_ms=500*plain_time, ours_ms=500*ours_time)
     speeds = dict(plain_images_s=2*len(x)/plain_time, images_s=2*len(x)/ours_time)
     return row | speeds | dict(overhead=ours_time/plain_time-1) | provenance(x.device)
 
@@ -273,7 +274,8 @@ def bench_measures(
     x = (torch.randn(classes, units, generator=gen)[y] + 2*torch.randn(n, units, generator=gen)).relu()
     x_array,y_array = x.numpy(),y.numpy()
     programs = dict( # ours, and the plain one
-        silhouette_cosine=(lambda: silhouette_cosine(x, y), lambda: silhouette_samples(x_array, y_array, metric='cosine')),
+        silhouette_cosine=(lambda: silhouette_cosine(x, y),
+            lambda: silhouette_samples(x_array, y_array, metric='cosine')),
         cosine_distance_std=(lambda: cosine_distance_std(x), lambda: cosine_distances(x_array).std()))
     rows = []
     for name,(ours,plain) in programs.items():
@@ -284,7 +286,8 @@ def bench_measures(
     return pd.DataFrame(rows).assign(**provenance('cpu'))
 
 # %% ../../nbs/experiments/bench.ipynb #01121429
-PHANTOMS = ('mix',None,0),('contrast',None,0),('separate',None,0),('contrast',8,0),('contrast',None,8) # (mode, k, queue)
+# (mode, k, queue)
+PHANTOMS = ('mix',None,0),('contrast',None,0),('separate',None,0),('contrast',8,0),('contrast',None,8)
 
 def _phantom_program(head, z, y, mode, k, queue):
     "Penalty and its gradient, as a function without arguments"
@@ -423,8 +426,8 @@ def bench_sparsity(
     return pd.DataFrame(rows).assign(**provenance(device))
 
 # %% ../../nbs/experiments/bench.ipynb #e25e4dd7
-BENCHES = dict(energy=bench_energy, comhe=bench_comhe, phantom=bench_phantom, sparsity=bench_sparsity, monitor=bench_monitor,
-    measures=bench_measures, loop=bench_loop)
+BENCHES = dict(energy=bench_energy, comhe=bench_comhe, phantom=bench_phantom, sparsity=bench_sparsity,
+    monitor=bench_monitor, measures=bench_measures, loop=bench_loop)
 
 def save_bench(
     name:str, # a key of `BENCHES`

@@ -36,7 +36,7 @@ class Checkpoint(Callback):
     "Save a training after every epoch, take it up where the file says, and end it between epochs at a deadline (ours)."
     order = 80
     def __init__(self,
-        path, # file to keep the state in
+        path:str|Path, # file to keep the state in
         deadline:float=math.inf # Unix time (seconds)
     ):
         self.path = Path(path)
@@ -62,23 +62,23 @@ class Checkpoint(Callback):
         learn.create_opt()
         learn.model.load_state_dict(self.state['model'])
         learn.opt.load_state_dict(self.state['opt'])
-        for cb,(own,_) in zip(self.regularizers(learn), self.state['regs']): cb.load_state_dict(own)
+        for cb,(own,_) in zip(self._regularizers(learn), self.state['regs']): cb.load_state_dict(own)
         self.start = self.state['epoch']
         self.resumed = [*self.state['resumed'], self.start]
         return self.start
 
-    def regularizers(self, learn): return learn.cbs.filter(risinstance(Regularizer))
+    def _regularizers(self, learn): return learn.cbs.filter(risinstance(Regularizer))
 
     def before_train(self):
         if not self.state or self.epoch!=self.start: return
-        for cb,(_,records) in zip(self.regularizers(self.learn), self.state['regs']): put_record(cb, records)
+        for cb,(_,records) in zip(self._regularizers(self.learn), self.state['regs']): put_record(cb, records)
         self.dls.train.epoch = self.state['passes']
         set_random_state(self.state['chance'])
 
     def after_epoch(self):
         done = self.epoch+1
         if done<=self.start or done==self.n_epoch: return
-        regs = [(cb.state_dict(), cb.records) for cb in self.regularizers(self.learn)]
+        regs = [(cb.state_dict(), cb.records) for cb in self._regularizers(self.learn)]
         opt = {k:list(v) for k,v in self.opt.state_dict().items()}
         state = dict(epoch=done, model=self.model.state_dict(), opt=opt, regs=regs, chance=random_state())
         state |= dict(passes=self.dls.train.epoch, seconds=self.seconds(), resumed=self.resumed)

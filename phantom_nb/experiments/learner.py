@@ -6,11 +6,11 @@
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'REMEDY_FILE', 'REMEDY_DATA', 'schedule_of', 'Bfloat16', 'product_types', 'NoValidation',
            'StopAtLoss', 'FreezeFirst', 'load_data', 'hold_out', 'loaders_of', 'make_learner', 'optimizer_of',
            'callbacks_of', 'ScaledSchedule', 'step_seconds', 'faster_precision', 'evaluate', 'judge', 'measure_learner',
-           'commit', 'provenance', 'open_learner', 'shape_words', 'outputs_for', 'loaders_for']
+           'commit', 'provenance', 'open_learner', 'outputs_for', 'loaders_for']
 
 # %% ../../nbs/experiments/learner.ipynb #136af0cb
 import math, platform, statistics, subprocess, time, warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import lru_cache, partial
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import phantom_nb
 from ..core import Regularizer, TrainingCallback
-from ..data import ImageLoaders, get_dls, load_dataset
+from ..data import ImageData, ImageLoaders, get_dls, load_dataset
 from .methods import Pieces, make_method
 from .run import Run, step_points
 from ..measures.embeddings import embedding_metrics, watch_head
@@ -36,8 +36,8 @@ from ..models import create_model
 from ..pretrained import param_groups
 
 # %% ../../nbs/experiments/learner.ipynb #bdd3848a
-SCHEDULES = dict(one_cycle=combined_cos(.25, 1/25, 1, 1e-5), flat_cos=combined_cos(.75, 1, 1, 1e-5), cosine=SchedCos(1, 0),
-    constant=None)
+SCHEDULES = dict(one_cycle=combined_cos(.25, 1/25, 1, 1e-5), flat_cos=combined_cos(.75, 1, 1, 1e-5),
+    cosine=SchedCos(1, 0), constant=None)
 OPTIMIZERS = dict(adam=Adam, sgd=SGD)
 
 def schedule_of(
@@ -120,18 +120,18 @@ class FreezeFirst(Callback):
 # %% ../../nbs/experiments/learner.ipynb #62a929a0
 def load_data(
     run:Run, # what to train
-    root=None # folder to look for the data first
-): # `ImageData`
+    root:str|Path|None=None # folder to look for the data first
+)->ImageData: # the images and their labels
     "Load the data set or the folder of images of a run, one part held out as test images if it cross-validates (ours)."
     sized = {} if run.size is None else dict(size=run.size)
     data = load_dataset(run.data, root, **sized)
     return hold_out(data, run.folds, run.seed) if run.folds else data
 
 def hold_out(
-    data, # `ImageData`
+    data:ImageData, # training and test images
     folds:int, # parts, >= 2
     seed:int # part seed % folds is held out, of the division number seed // folds
-): # `ImageData` whose test images are one part of all images, the others training images
+)->ImageData: # its test images are one part of all images, the others training images
     "Divide all images into parts by class, and make one the test images (Stone 1974)."
     x,y = torch.cat([data.x_train, data.x_test]),torch.cat([data.y_train, data.y_test])
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed//folds))
@@ -144,8 +144,8 @@ def hold_out(
 # %% ../../nbs/experiments/learner.ipynb #ef03eee8
 def loaders_of(
     run:Run, # what to train
-    data, # `ImageData`
-    device=None, # torch device; None for the GPU if there is one
+    data:ImageData, # its images
+    device:str|torch.device|None=None, # None for the GPU if there is one
     model:nn.Module|None=None # the network, if its own normalisation is to be used
 )->ImageLoaders: # batches on the device
     "Make the loaders of a run (ours)."
@@ -159,8 +159,8 @@ def loaders_of(
 # %% ../../nbs/experiments/learner.ipynb #820beba3
 def make_learner(
     run:Run, # what to train
-    root=None, # folder to look for the data first
-    device=None # torch device; None for the GPU if there is one
+    root:str|Path|None=None, # folder to look for the data first
+    device:str|torch.device|None=None # None for the GPU if there is one
 )->Learner: # ready for `fit`, silent
     "Build the learner of a run, its schedule included (ours)."
     pieces = make_method(run.method, **dict(run.settings))
@@ -170,8 +170,10 @@ def make_learner(
     model = create_model(run.model, n_in=n_channels, n_out=len(data.classes), size=tuple(size), width=run.width,
         depth=run.depth, dropout=pieces.dropout, seed=run.seed, **given)
     dls = loaders_of(run, data, device, model)
-    learn = Learner(dls, model.to(dls.device, memory_format=torch.channels_last), pieces.loss_func or CrossEntropyLossFlat(),
-        optimizer_of(run, pieces), lr=run.lr, wd=pieces.wd, cbs=[*callbacks_of(run, model), *pieces.cbs],
+    loss_func = pieces.loss_func or CrossEntropyLossFlat()
+    model = model.to(dls.device, memory_format=torch.channels_last)
+    cbs = [*callbacks_of(run, model), *pieces.cbs]
+    learn = Learner(dls, model, loss_func, optimizer_of(run, pieces), lr=run.lr, wd=pieces.wd, cbs=cbs,
         splitter=param_groups if run.frozen or run.body_lr<1 else params)
     if run.compile: learn.model.compile()
     learn.logger = noop
@@ -183,7 +185,7 @@ def optimizer_of(
     run:Run, # what to train
     pieces:Pieces # of its method
 )->Callable: # makes fastai's optimizer of parameter groups
-    "Choose the optimizer with its momentum, and weight decay beside the gradient or in it (Loshchilov and Hutter 2019)."
+    "Choose the optimizer, its momentum, and weight decay beside the gradient or in it (Loshchilov and Hutter 2019)."
     return partial(OPTIMIZERS[run.opt], mom=run.mom, decouple_wd=pieces.decouple)
 
 def callbacks_of(
@@ -216,8 +218,8 @@ class ScaledSchedule:
 # %% ../../nbs/experiments/learner.ipynb #a12ccadc
 def step_seconds(
     run:Run, # what to train
-    root=None, # folder to look for the data first
-    device=None, # torch device; None for the GPU if there is one
+    root:str|Path|None=None, # folder to look for the data first
+    device:str|torch.device|None=None, # None for the GPU if there is one
     steps:int=5 # steps timed, after two that are not, >= 1
 )->float: # median seconds of a training step
     "Time steps of a run's training, loading and augmentation included (ours)."
@@ -232,20 +234,21 @@ def step_seconds(
 
 def faster_precision(
     run:Run, # what to train
-    root=None, # folder to look for the data first
-    device=None # torch device; None for the GPU if there is one
+    root:str|Path|None=None, # folder to look for the data first
+    device:str|torch.device|None=None # None for the GPU if there is one
 )->tuple: # 'float32' or 'bf16', and what was timed: precision -> seconds a step (empty on a GPU)
     "Choose the precision of the forward pass by timing a few steps (ours)."
     kind = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')).type
     if kind=='cuda': return ('bf16' if torch.cuda.is_bf16_supported() else 'float32'), {}
-    seconds = {p:step_seconds(replace(run, precision=p, method='none', settings=()), root, kind) for p in ('float32','bf16')}
+    plain = replace(run, method='none', settings=())
+    seconds = {p:step_seconds(replace(plain, precision=p), root, kind) for p in ('float32','bf16')}
     return min(seconds, key=seconds.get), seconds
 
 # %% ../../nbs/experiments/learner.ipynb #a23200e9
 @torch.no_grad()
 def evaluate(
     model:nn.Module, # images (B,C,H,W) -> logits (B,classes)
-    dl # batches of images (B,C,H,W) and labels (B,)
+    dl:Iterable # batches of images (B,C,H,W) and labels (B,)
 )->dict: # accuracy in [0,1] and mean cross-entropy (nats), not finite if the weights are not; empty without images
     "Measure a classifier in evaluation mode (accuracy and cross-entropy)."
     model.eval()
@@ -260,7 +263,7 @@ def evaluate(
 # %% ../../nbs/experiments/learner.ipynb #0a423284
 def judge(
     learn:Learner, # trained
-    dl # batches of images and labels
+    dl:Iterable # batches of images and labels
 )->dict: # metrics; empty without images
     "Measure a learner on images that it was not trained on (ours)."
     with watch_head(learn.model, n_out=learn.dls.c) as seen: found = evaluate(learn.model, dl)
@@ -294,7 +297,7 @@ def commit()->str: # twelve hexadecimal digits, '+' behind them if files have ch
     except (OSError, subprocess.CalledProcessError): return ''
 
 def provenance(
-    device # torch device of the run
+    device:str|torch.device # of the run
 )->dict: # versions, commit, device, threads, UTC date
     "Say what produced a result (ours)."
     name = torch.cuda.get_device_name(device) if torch.device(device).type=='cuda' else platform.machine()
@@ -307,7 +310,7 @@ REMEDY_FILE = "save one with learn.export('learner.pkl')"
 REMEDY_DATA = "give --data the one it was trained on"
 
 def open_learner(
-    path # file of `learn.export`
+    path:str|Path # file of `learn.export`
 )->Learner: # on the CPU
     "Load a learner; raise a `FileNotFoundError` or `ValueError` that says what to do (fastai)."
     path = Path(path)
@@ -320,7 +323,7 @@ def open_learner(
     if isinstance(learn, Learner): return learn
     raise ValueError(f"{str(path)!r} holds a {type(learn).__name__}, not a learner: {REMEDY_FILE}")
 
-def shape_words(shape): return '×'.join(map(str, shape))
+def _shape_words(shape): return '×'.join(map(str, shape))
 
 # %% ../../nbs/experiments/learner.ipynb #1b71943a
 def outputs_for(
@@ -331,19 +334,20 @@ def outputs_for(
     "Count the outputs of a network on images of this shape; raise a `ValueError` if it cannot read them (ours)."
     seen = getattr(getattr(learn.dls.train, 'dataset', None), 'x', None)
     if isinstance(seen, torch.Tensor) and seen.shape[1:]!=shape:
-        raise ValueError(f"the network was trained on images of {shape_words(seen.shape[1:])}, "
-            f"{data} has {shape_words(shape)}: {REMEDY_DATA}")
+        raise ValueError(f"the network was trained on images of {_shape_words(seen.shape[1:])}, "
+            f"{data} has {_shape_words(shape)}: {REMEDY_DATA}")
     try:
         with torch.no_grad(): return learn.model.eval()(torch.zeros(2, *shape)).shape[1]
     except (RuntimeError, ValueError, IndexError) as e:
         why = str(e).partition('\n')[0]
-        raise ValueError(f"the network cannot read {data}'s images of {shape_words(shape)} ({why}): {REMEDY_DATA}") from e
+        images = f"{data}'s images of {_shape_words(shape)}"
+        raise ValueError(f"the network cannot read {images} ({why}): {REMEDY_DATA}") from e
 
 def loaders_for(
     learn:Learner, # what was loaded
     data:str, # a key of `DATASETS`, or a folder of images
     n:int, # images, >= 2
-    root=None # folder to look for the data first
+    root:str|Path|None=None # folder to look for the data first
 )->ImageLoaders: # `train` has n images; superclasses are the labels if the network has as many outputs
     "Make loaders that fit a learner's network; raise a `ValueError` if none do (ours)."
     images = load_dataset(data, root)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'RESERVE', 'FAVOURITES', 'FLOORS', 'PAIRED_SD', 'all_methods', 'comparison_runs', 'seconds_for', 'Budget',
-           'shapes', 'divide_time', 'fitted', 'has_test_images', 'validation_images', 'plan_comparison', 'kept_plan',
-           'read_run', 'detectable_words', 'mean_and_interval', 'advise']
+           'divide_time', 'has_test_images', 'validation_images', 'plan_comparison', 'kept_plan', 'detectable_words',
+           'mean_and_interval', 'advise']
 
 # %% ../../nbs/experiments/plan.ipynb #51ae08ad
 import json, math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,12 +43,14 @@ def comparison_runs(
     whole('seeds', seeds, 1, what="a whole number (5 or more for useful intervals)")
     usual = SIZES.get(data, (None,20))
     methods = ['+'.join(method_parts(method)) for method in dict.fromkeys(methods or all_methods())]
-    kwargs |= dict(data=data, n_train=usual[0] if n_train is None else n_train, epochs=usual[1] if epochs is None else epochs)
+    kwargs |= dict(data=data, n_train=usual[0] if n_train is None else n_train)
+    kwargs['epochs'] = usual[1] if epochs is None else epochs
     return [Run(method=method, seed=seed, **kwargs) for seed in range(seeds) for method in methods]
 
 # %% ../../nbs/experiments/plan.ipynb #592573f0
 RESERVE = .35
-FAVOURITES = ['none','mixup','weight_decay','label_smoothing','dropout','half_mhe','phantom','comhe_random','targeted_sparsity']
+FAVOURITES = ['none','mixup','weight_decay','label_smoothing','dropout','half_mhe','phantom','comhe_random',
+    'targeted_sparsity']
 
 def seconds_for(
     n_methods:int, # methods, >= 1
@@ -73,7 +75,7 @@ class Budget:
 
 FLOORS = (None,1,5), (5,1,5), (5,.5,5), (3,.5,5), (3,.5,3), (3,.25,3), (2,.25,3) # methods, share of the epochs, seeds
 
-def shapes(methods, seeds, epochs, least):
+def _shapes(methods, seeds, epochs, least):
     "Numbers of methods, seeds and epochs, the best first"
     wanted = dict(methods=len(methods), seeds=seeds, epochs=epochs)
     for n_methods,share,n_seeds in FLOORS:
@@ -97,20 +99,21 @@ def divide_time(
     number('time_budget', budget, above=0, what="seconds")
     free = {name for name,value in dict(methods=methods, seeds=seeds, epochs=epochs).items() if value is None}
     names = list(dict.fromkeys(['none', *(methods or FAVOURITES)]))
-    wanted = shapes(names, seeds or 5, epochs or usual_epochs, free)
+    wanted = _shapes(names, seeds or 5, epochs or usual_epochs, free)
     before = None
     for shape in wanted:
         for n_methods in range(before or len(names), shape['methods']-1, -1):
             if 'methods' not in free: n_methods = len(names)
             total = seconds_for(n_methods, shape['seeds'], shape['epochs'], epoch, judging, jobs)
-            if total<=budget: return fitted(names, n_methods, shape, budget, free, seeds, epochs or usual_epochs, (epoch,judging,jobs))
+            times = epoch,judging,jobs
+            if total<=budget: return _fitted(names, n_methods, shape, budget, free, epochs or usual_epochs, times)
             if 'methods' not in free: break
         before = None
     raise ValueError(f"time_budget={budget:.0f} s is too short: {shape['methods']} methods, {shape['seeds']} seeds and "
         f"{shape['epochs']} epochs take about {total:.0f} s. Give more time, or fewer methods, seeds or epochs")
 
 # %% ../../nbs/experiments/plan.ipynb #24c967e8
-def fitted(names, n_methods, shape, budget, free, seeds, usual_epochs, times):
+def _fitted(names, n_methods, shape, budget, free, usual_epochs, times):
     "The budget of a shape that fits, with more seeds where there is time"
     n_seeds = shape['seeds']
     while 'seeds' in free and n_methods==len(names) and n_seeds<10 and \
@@ -119,7 +122,8 @@ def fitted(names, n_methods, shape, budget, free, seeds, usual_epochs, times):
     if n_methods<len(names): left.append(f"left out for time: {', '.join(names[n_methods:])}")
     if shape['epochs']<usual_epochs: left.append(f"{shape['epochs']} epochs instead of {usual_epochs}")
     if n_seeds<5 and 'seeds' in free: left.append(f"{n_seeds} seeds instead of 5")
-    return Budget(tuple(names[:n_methods]), n_seeds, shape['epochs'], seconds_for(n_methods, n_seeds, shape['epochs'], *times), tuple(left))
+    seconds = seconds_for(n_methods, n_seeds, shape['epochs'], *times)
+    return Budget(tuple(names[:n_methods]), n_seeds, shape['epochs'], seconds, tuple(left))
 
 # %% ../../nbs/experiments/plan.ipynb #4b53803a
 def has_test_images(
@@ -129,13 +133,15 @@ def has_test_images(
     return data in DATA_NAMES or any((Path(data).expanduser()/name).is_dir() for name in ('test','Test','testing'))
 
 def validation_images(
-    y, # (N,) labels of the training pool
+    y:Sequence, # (N,) labels of the training pool
     share:float=.2 # of the pool, in (0,1)
 )->int: # images, the same number of each class, >= 1 a class
     "Choose how many images choose the method (ours)."
     counts = np.bincount(np.asarray(y))
     each = min(int(share*len(y)/len(counts)), counts.min()//3)
-    if each<1: raise ValueError(f"class number {counts.argmin()} has {counts.min()} training images: give at least 3 of each class")
+    if each<1:
+        smallest = f"class number {counts.argmin()} has {counts.min()} training images"
+        raise ValueError(f"{smallest}: give at least 3 of each class")
     return each*len(counts)
 
 # %% ../../nbs/experiments/plan.ipynb #54f62d44
@@ -145,8 +151,8 @@ def plan_comparison(
     methods:Iterable|None=None, # names that must be compared; None to choose
     seeds:int|None=None, # None to choose
     epochs:int|None=None, # None to choose
-    root=None, # folder to look for the data first
-    device=None, # torch device; None for the GPU if there is one
+    root:str|Path|None=None, # folder to look for the data first
+    device:str|torch.device|None=None, # None for the GPU if there is one
     jobs:int|None=None # runs at a time; None for one a core, or four a GPU
 )->tuple: # `Run`s, seeds first; the `Budget`
     "Time a few steps and fit a comparison to a time; validation images choose, test images judge (ours)."
@@ -170,7 +176,7 @@ def plan_comparison(
 
 # %% ../../nbs/experiments/plan.ipynb #04d15f47
 def kept_plan(
-    path, # .json file of the plan
+    path:str|Path, # .json file of the plan
     make:Callable, # returns `Run`s and a `Budget`
     asked:dict # what was asked for; with other wishes a new plan is made
 )->tuple: # `Run`s, `Budget`
@@ -178,12 +184,12 @@ def kept_plan(
     path,asked = Path(path),json.loads(json.dumps(asked))
     if path.exists():
         kept = json.loads(path.read_text())
-        if kept['asked']==asked: return [read_run(row) for row in kept['runs']], Budget(**kept['budget'])
+        if kept['asked']==asked: return [_read_run(row) for row in kept['runs']], Budget(**kept['budget'])
     runs,fit = make()
     write_atomic(path, json.dumps(dict(asked=asked, budget=asdict(fit), runs=[asdict(run) for run in runs])))
     return runs,fit
 
-def read_run(row): return Run(**{**row, 'settings':dict(row['settings'])})
+def _read_run(row): return Run(**{**row, 'settings':dict(row['settings'])})
 
 # %% ../../nbs/experiments/plan.ipynb #4b8cdac8
 PAIRED_SD = .0075
@@ -200,7 +206,7 @@ def detectable_words(
 
 # %% ../../nbs/experiments/plan.ipynb #0904b689
 def mean_and_interval(
-    d, # (n,) paired differences
+    d:Sequence, # (n,) paired differences
     held_out:float=0., # share of the images held out by each division, 0 for a fixed test set
     level:float=.95 # coverage in (0,1)
 )->tuple: # mean, low end, high end; the ends are NaN for fewer than two values
@@ -233,4 +239,5 @@ def advise(
         return f"No method beat plain training on the validation images; the closest was {chosen}. Use plain training."
     if low>0: return f"{first} Use {chosen} on these images."
     if high<0: return f"{first} On the test images it is worse: use plain training."
-    return f"{first} Nothing is shown: the interval contains zero. Use plain training, or give more time for more seeds."
+    remedy = "Use plain training, or give more time for more seeds."
+    return f"{first} Nothing is shown: the interval contains zero. {remedy}"
