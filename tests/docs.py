@@ -33,6 +33,16 @@ def link_source(docs):
         up = os.path.relpath(docs/'source', p.parent).replace(os.sep, '/')
         p.write_text(re.sub(rf'{PLACE}([\w/]+)\.py#L(\d+)', rf'{up}/\1.html#L-\2', text), encoding='utf-8')
 
+def link_methods(docs):
+    "Lead a link to a method that has no entry of its own to the entry of its class."
+    ids = {p:set(re.findall(r'\bid="([^"]+)"', p.read_text(encoding='utf-8'))) for p in docs.rglob('*.html')}
+    for p in ids:
+        def lead(m):
+            to = (p.parent/m[1]).resolve() if m[1] else p
+            return m[0] if m[2]+m[3] in ids.get(to, {m[2]+m[3]}) else f'href="{m[1]}#{m[2]}"'
+        text = p.read_text(encoding='utf-8')
+        p.write_text(re.sub(r'href="([^":#]*)#([\w-]+)(\.[\w.-]+)"', lead, text), encoding='utf-8')
+
 def make_site(root):
     "Build the site of the project in folder `root` into its `_docs` and return that; SystemExit if a link is broken."
     proc,own = proc_nbs(root/'nbs', force=True, n_workers=2),not get_config(root).git_url
@@ -48,6 +58,7 @@ def make_site(root):
     if own:
         write_source(root, docs)
         link_source(docs)
+    link_methods(docs)
     print(f'{len(site.pages)} pages in {docs.name}')
     return docs
 

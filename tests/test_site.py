@@ -13,8 +13,8 @@ from test_project import NBS, ROOT, copy_tree, tool
 CDN = 'https://cdn.jsdelivr.net/npm/katex@'
 ARGS = '--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync'.split()
 PAGES = {p.relative_to(ROOT/'nbs').with_suffix('.html').as_posix():p for p in NBS}
-VISITED = ['index.html', 'core.html', 'regularizers/energy.html',
-    'regularizers/hyperspherical.html', 'regularizers/projections.html']
+VISITED = ['index.html', 'core.html', 'plain.html', 'regularizers/energy.html', 'regularizers/comhe.html',
+    'regularizers/phantom.html', 'regularizers/flatness.html', 'measures/sparsity.html', 'papers/sparsity.html']
 
 
 def needed(what, found):
@@ -133,7 +133,7 @@ def test_sidebar_shows_every_page_and_each_link_works(browser):
         opened,errors = browser(href)
         assert opened.locator('h1').first.inner_text() and not errors, (href, errors)
         opened.close()
-    page.locator('#quarto-sidebar a.sidebar-link', has_text='core').first.click()
+    page.locator('#quarto-sidebar a.sidebar-link', has_text='The base class').first.click()
     page.wait_for_url('**/core.html')
     page.close()
 
@@ -153,6 +153,29 @@ def test_mathematics_is_typeset(browser):
     assert box['width']>50 and box['height']>10 and not errors
     left = page.locator('main').inner_text()
     assert '$$' not in left and '\\frac' not in left.replace(page.locator('.katex-mathml').first.inner_text(), '')
+    page.close()
+
+def test_code_stands_on_its_page_and_source_links_lead_to_the_line(browser, site):
+    "Private mathematics is shown, and a click on [source] lands on the definition"
+    page,errors = browser('regularizers/energy.html')
+    assert 'def _psi(' in page.locator('main').inner_text() and 'def _energy_grad(' in page.locator('main').inner_text()
+    link = page.locator('a', has_text='source').filter(visible=True).first
+    href = link.get_attribute('href')
+    lines = (site/'regularizers'/href.partition('#')[0]).resolve()
+    module,number = lines.relative_to((site/'source').resolve()).with_suffix('.py'),int(href.rpartition('-')[2])
+    assert re.match(r'(@|class |def )', (ROOT/module).read_text(encoding='utf-8').splitlines()[number-1])
+    opened,errors = browser(os.path.relpath(lines, site.resolve()))
+    assert opened.locator(f'#L-{number}').count()==1 and not errors
+    opened.close()
+    page.close()
+
+@pytest.mark.parametrize('name', VISITED)
+def test_nothing_is_cut_off_at_the_side(browser, name):
+    "Code, tables and equations fit the column or scroll inside it"
+    page,_ = browser(name)
+    width = page.evaluate('[document.documentElement.scrollWidth, window.innerWidth]')
+    cut = page.eval_on_selector_all('main pre', 'ps => ps.filter(p => p.scrollWidth>p.clientWidth+2).length')
+    assert width[0]<=width[1]+1 and cut==0, (width, cut)
     page.close()
 
 def test_search_finds_a_function(site): assert 'create_model' in (site/'search.json').read_text(encoding='utf-8')
