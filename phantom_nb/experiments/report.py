@@ -25,7 +25,8 @@ from rich.text import Text
 
 from ..checks import one_of
 from .run import Run
-from .stats import DIFFERENCE, FEWEST, LOWER_IS_BETTER, NO_DIFFERENCE, about, comparison, comparisons, lower_is_better
+from .stats import DIFFERENCE, FEWEST, LOWER_IS_BETTER, NO_DIFFERENCE
+from .stats import about, comparison, comparisons, lower_is_better
 from .store import load_results, write_atomic
 
 # %% ../../nbs/experiments/report.ipynb #24001948
@@ -69,7 +70,7 @@ def _against(table):
 def span(
     mean:float, # a number; NaN gives '-'
     low:float=np.nan, # its interval; NaN for none
-    high:float=np.nan,
+    high:float=np.nan, # its other end
     digits:str='.1f', # format
     unit:str='' # behind the number
 )->str: # such as '+1.2 [+0.3, +2.1]'
@@ -108,7 +109,8 @@ def verdict(
 )->str: # one to three sentences, a line for each comparison
     "Say which method is best, which are better or worse at once (Holm 1979), and what the seeds could have shown."
     if table.index.nlevels>1: return '\n'.join(f"{name}: {verdict(part)}" for name,part in each_comparison(table))
-    what,unit,compared = about(table),unit_of(table),table.dropna(subset='diff')
+    what,unit = about(table),unit_of(table)
+    compared = table.dropna(subset='diff')
     if not len(compared): return f"Nothing can be compared with {what['baseline']}: no two runs share a seed."
     top = compared.sort_values('diff', ascending=not what['higher_is_better']).iloc[0]
     ahead = (top['diff']>0)==what['higher_is_better']
@@ -120,8 +122,8 @@ def verdict(
         seeds = ['', 'One seed has', 'Two seeds have'][compared.pairs.max()]
         return f"{best} {seeds} no interval: run three or more to tell chance from effect."
     if not tests: return f"{best} The seeds agree to the last digit: run more to tell chance from effect."
-    said = {word:', '.join(map(str, compared.index[compared.verdict==word])) for word in ('better','worse',NO_DIFFERENCE)}
-    words = '; '.join(f"{word}: {names}" for word,names in said.items() if names)
+    said = {word:compared.index[compared.verdict==word] for word in ('better','worse',NO_DIFFERENCE)}
+    words = '; '.join(f"{word}: {', '.join(map(str, names))}" for word,names in said.items() if len(names))
     if (compared.verdict==NO_DIFFERENCE).all() and len(compared)>1: words = f"{NO_DIFFERENCE} for any"
     asked = f"{table.attrs['tests']} differences in all settings" if 'tests' in table.attrs else f"{tests} methods"
     start = f"Corrected for {asked}, {words}" if tests>1 else words.capitalize()
@@ -180,7 +182,10 @@ def as_markdown(
     return '\n'.join(f"| {' | '.join(map(str, row))} |" for row in [columns, line, *rows[columns].values])
 
 # %% ../../nbs/experiments/report.ipynb #d56fbe3d
-BETTER,WORSE,NEITHER = '#0072B2','#D55E00','#888888' # told apart by colour-blind readers (Okabe and Ito 2008)
+# told apart by colour-blind readers (Okabe and Ito 2008)
+BETTER = '#0072B2'
+WORSE = '#D55E00'
+NEITHER = '#888888'
 COLOURS = dict(better=BETTER, worse=WORSE)
 
 def forest(
@@ -201,7 +206,8 @@ def forest(
     if colour: return
     ax.axvline(0, color='.8', zorder=0)
     for row in np.asarray(rows)[table.runs.isna()]:
-        ax.text(.98, row, 'not run', transform=ax.get_yaxis_transform(), color='.5', fontsize='small', ha='right', va='center')
+        ax.text(.98, row, 'not run', transform=ax.get_yaxis_transform(), color='.5', fontsize='small', ha='right',
+            va='center')
 
 def _labels(names, width=30):
     "Names, the long ones on several lines; inches that they take, and lines of the longest"
@@ -300,9 +306,11 @@ def _settings_words(df, over):
     for method,rows in df.groupby('method'):
         names = list(dict.fromkeys(name for settings in rows.settings for name in settings))
         values = pd.DataFrame({name:[repr(s.get(name)) for s in rows.settings] for name in names}, index=rows.index)
-        varying = _varying(pd.concat([rows[[*over,'seed']], values.add_prefix('=')], axis=1), [f'={n}' for n in names], [*over,'seed'])
+        by = [*over,'seed']
+        table = pd.concat([rows[by], values.add_prefix('=')], axis=1)
+        varying = [name[1:] for name in _varying(table, [f'={name}' for name in names], by)]
         for i,settings in rows.settings.items():
-            words[i] = ' '.join(f'{name}={settings[name]}' for name in names if f'={name}' in varying and name in settings)
+            words[i] = ' '.join(f'{name}={settings[name]}' for name in varying if name in settings)
     return words
 
 def tell_apart(
@@ -312,7 +320,8 @@ def tell_apart(
     over = ['data','n_train']
     known = {*over, 'experiment', 'method', 'seed', 'settings'}
     columns = [field.name for field in fields(Run) if field.name in df and field.name not in known]
-    everything = df.assign(settings=df.settings.map(repr), **{c:df[c].map(str) for c in columns if df[c].map(type).eq(dict).any()})
+    dicts = {column:df[column].map(str) for column in columns if df[column].map(type).eq(dict).any()}
+    everything = df.assign(settings=df.settings.map(repr), **dicts)
     for column in columns: over += _varying(everything, [column], [*over, 'settings', 'method', 'seed'])
     if not _varying(everything, ['settings'], [*over, 'method', 'seed']): return df,over
     return df.assign(method=(df.method+' '+_settings_words(df, over)).str.strip()),over
@@ -327,9 +336,11 @@ def direction_words(
 )->str: # one sentence; empty for accuracies
     "Say which values of a metric count as better here, and whether that was a guess (ours)."
     if metric.endswith('accuracy') and higher_is_better is not False: return ''
-    if higher_is_better is not None: return f"{'Higher' if higher_is_better else 'Lower'} {metric} counts as better, as asked for."
+    if higher_is_better is not None:
+        return f"{'Higher' if higher_is_better else 'Lower'} {metric} counts as better, as asked for."
     if lower_is_better(metric): return f"Lower {metric} counts as better."
-    return f"No direction is known for {metric}: higher counts as better (known as better when low: {', '.join(LOWER_IS_BETTER)})."
+    known = ', '.join(LOWER_IS_BETTER)
+    return f"No direction is known for {metric}: higher counts as better (known as better when low: {known})."
 
 def show_results(
     df:pd.DataFrame, # rows of `load_results`
@@ -364,7 +375,8 @@ def run_title(
     run:Run # any run of a comparison
 )->str: # such as 'digits, 200 training images, small_cnn, 30 epochs'
     "Name a comparison by one of its runs (ours)."
-    return f"{run.data}, {run.n_train} training images, {run.model}, {run.epochs} epochs"
+    images = f"{run.per_class} a class of the" if run.per_class else 'all' if run.n_train is None else run.n_train
+    return f"{run.data}, {images} training images, {run.model}, {run.epochs} epochs"
 
 def write_report(
     df:pd.DataFrame, # rows of a comparison
@@ -402,7 +414,8 @@ def show_comparison(
     console.print(f"Rows: {out/'results.csv'}   picture: {out/'comparison.png'}", soft_wrap=True, highlight=False)
 
 # %% ../../nbs/experiments/report.ipynb #b1ff6dbf
-FRONT = {'compare-digits-200':'digits, 200 training images', 'compare-fashion_mnist-1000':'Fashion-MNIST, 1,000 training images'}
+FRONT = {'compare-digits-200':'digits, 200 training images',
+    'compare-fashion_mnist-1000':'Fashion-MNIST, 1,000 training images'}
 
 def front_figure(
     folder:str|Path, # where results/*.jsonl are
@@ -416,7 +429,8 @@ def front_figure(
     heights = [len(table) for table in tables.values()]
     with plt.style.context(HOUSE):
         size = (7.5, .7+sum(.6+.26*n for n in heights))
-        fig,axs = plt.subplots(len(tables), 2, figsize=size, sharey='row', squeeze=False, layout='constrained', height_ratios=heights)
+        fig,axs = plt.subplots(len(tables), 2, figsize=size, sharey='row', squeeze=False, layout='constrained',
+            height_ratios=heights)
         for row,(title,table) in zip(axs, tables.items()): plot_comparison(table, title, axs=row)
         _verdict_legend(fig, pd.concat(tables.values()).verdict)
         if path is not None: fig.savefig(path, dpi=120, metadata={'Software':None})
