@@ -47,13 +47,15 @@ class AugmentImages(Callback):
         self.loader = self.dls.train
         self.before = self.loader.augment
         if self.before is not None and not hasattr(self.before, 'draw'):
-            raise ValueError(f"augment={self.before!r} changes floating-point batches, and torchvision's policies need bytes: use augment='crop' or 'none'")
+            raise ValueError(f"augment={self.before!r} changes floating-point batches, and torchvision's policies "
+                "need bytes: use augment='crop' or 'none'")
         self.loader.augment = _Policy(self.transform, self.before)
 
     def after_fit(self): self.loader.augment = self.before
 
 # %% ../../nbs/experiments/libraries.ipynb #e8fb9e59
-LAST_OF_BRANCH = {BasicBlock:'bn2', Bottleneck:'bn3', PreActBlock:'conv2', Residual:'block2'} # what ends a residual branch
+# what ends a residual branch
+LAST_OF_BRANCH = {BasicBlock:'bn2', Bottleneck:'bn3', PreActBlock:'conv2', Residual:'block2'}
 
 class StochasticDepth(TrainingCallback):
     "Leave out residual branches at random, image by image (Huang 2016; torchvision)."
@@ -66,8 +68,9 @@ class StochasticDepth(TrainingCallback):
 
     def before_fit(self):
         blocks = [m for m in unwrap(self.model).modules() if type(m) in LAST_OF_BRANCH]
-        if not blocks: raise ValueError(f"{type(unwrap(self.model)).__name__} has no residual blocks that are known here: take resnet9, resnet18 or wrn; "
-            "networks of timm take drop_path_rate when they are made")
+        if not blocks:
+            raise ValueError(f"{type(unwrap(self.model)).__name__} has no residual blocks that are known here: "
+                "take resnet9, resnet18 or wrn; networks of timm take drop_path_rate when they are made")
         self.branches = [getattr(m, LAST_OF_BRANCH[type(m)]) for m in blocks]
 
     def before_batch(self):
@@ -94,14 +97,15 @@ class EMA(Regularizer):
         if not callable(lam): number('lam', lam, at_least=0, at_most=1)
         self.average = self._state = None
 
-    def factor(self, lam): return 1. # nothing is added to the loss
+    def factor(self, lam:float): return 1. # nothing is added to the loss
     def start(self):
         self.average = None
         super().start()
         self._state = None
 
     def setup(self):
-        self.average = AveragedModel(unwrap(self.model), multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
+        moving = get_ema_multi_avg_fn(self.decay)
+        self.average = AveragedModel(unwrap(self.model), multi_avg_fn=moving, use_buffers=True)
         if self._state: self.average.load_state_dict(self._state)
 
     def penalty(self): return torch.zeros(())
@@ -112,7 +116,8 @@ class EMA(Regularizer):
     def after_fit(self):
         finding_rate = self._before_lr_find is not None
         super().after_fit()
-        complete = self.pct_train>1-.5/(self.n_epoch*self.n_iter) # a fit that was stopped may go on: it keeps its weights
+        # a fit that was stopped may go on: it keeps its weights
+        complete = self.pct_train>1-.5/(self.n_epoch*self.n_iter)
         if complete and not finding_rate and self.average is not None: self.put_in()
         self.average = None
 
@@ -124,7 +129,10 @@ class EMA(Regularizer):
             for own,mean in zip(unwrap(self.model).state_dict().values(), self.average.module.state_dict().values()):
                 own.copy_(torch.lerp(own, mean, lam) if own.is_floating_point() else mean if lam==1 else own)
 
-    def state_dict(self): return super().state_dict() | dict(average=self.average.state_dict() if self.average else None)
-    def load_state_dict(self, state):
+    def state_dict(self):
+        average = self.average.state_dict() if self.average else None
+        return super().state_dict() | dict(average=average)
+
+    def load_state_dict(self, state:dict):
         super().load_state_dict(state)
         self._state = state.get('average')

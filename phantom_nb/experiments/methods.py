@@ -74,17 +74,21 @@ METHODS = dict( # chkstyle: ignore-node
         lambda wd, decouple=True: Pieces(wd=wd, decouple=decouple), dict(wd=(1e-3, 1., 'log')), dict(decouple=True)),
     dropout=Method("dropout before the classifier (Srivastava et al. 2014)", dict(p=.5), lambda p: Pieces(dropout=p),
         dict(p=(.1, .8, 'linear'))),
-    label_smoothing=Method("soft targets (Szegedy et al. 2016)", dict(eps=.1), _label_smoothing, dict(eps=(.01, .4, 'log'))),
+    label_smoothing=Method("soft targets (Szegedy et al. 2016)", dict(eps=.1), _label_smoothing,
+        dict(eps=(.01, .4, 'log'))),
     mixup=Method("convex pairs of images and labels (Zhang et al. 2018)", dict(alpha=.4), _mixup,
         dict(alpha=(.05, 2., 'log'))),
     mhe=_energy("hyperspherical energy of all layers (Liu et al. 2018)", _mhe),
-    half_mhe=_energy("the same, half-space in hidden layers (Liu et al. 2018)", lambda **kw: _mhe(half_space=True, **kw)),
-    comhe_random=_energy("half-space energy of random projections (Lin et al. 2020)", lambda **kw: _comhe('random', **kw)),
+    half_mhe=_energy("the same, half-space in hidden layers (Liu et al. 2018)",
+        lambda **kw: _mhe(half_space=True, **kw)),
+    comhe_random=_energy("half-space energy of random projections (Lin et al. 2020)",
+        lambda **kw: _comhe('random', **kw)),
     comhe_angle=_energy("half-space energy of angle-preserving projections (Lin et al. 2020)",
         lambda **kw: _comhe('angle', **kw)),
     comhe_adversarial=_energy("half-space energy of adversarial projections (Lin et al. 2020)",
         lambda **kw: _comhe('adversarial', **kw)),
-    comhe_group=_energy("half-space energy of groups of coordinates (Lin et al. 2020)", lambda **kw: _comhe('group', **kw)),
+    comhe_group=_energy("half-space energy of groups of coordinates (Lin et al. 2020)",
+        lambda **kw: _comhe('group', **kw)),
     phantom=Method("phantom embeddings at their defaults, nothing to tune (Arif et al. 2023)",
         dict(lam=.3, mode='contrast', k=None, alpha=.5, tau=1.), _phantom, {}, LAZY,
         dict(weights='mean', detach=False, queue=0)),
@@ -118,36 +122,47 @@ def _augment(name):
     return make
 
 # %% ../../nbs/experiments/methods.ipynb #742b1f6f
-def _rival(about, defaults, make, space=None, options=LAZY): return Method(about, defaults, make, space or {}, options, rival=True)
+def _rival(about, defaults, make, space=None, options=LAZY):
+    return Method(about, defaults, make, space or {}, options, rival=True)
+
 def _orthogonal(form): return _callback('regularizers.orthogonality', 'Orthogonality', form=form)
 SMALL = dict(lam=(1e-5, .1, 'log'))
 
 METHODS |= dict( # chkstyle: ignore-node
-    sam=_rival("gradient where the loss is worst nearby (Foret et al. 2021)", dict(rho=.05), _callback('regularizers.flatness', 'SAM'),
-        dict(rho=(.01, .5, 'log'))),
+    sam=_rival("gradient where the loss is worst nearby (Foret et al. 2021)", dict(rho=.05),
+        _callback('regularizers.flatness', 'SAM'), dict(rho=(.01, .5, 'log'))),
     asam=_rival("the same, in units of the weights (Kwon et al. 2021)", dict(rho=.5),
         _callback('regularizers.flatness', 'SAM', adaptive=True), dict(rho=(.1, 4., 'log'))),
-    amp=_rival("the same by steps of ascent (Zheng et al. 2021)", dict(eps=.5, lr=1., steps=1), _callback('regularizers.flatness', 'AMP'),
-        dict(eps=(.05, 2., 'log'))),
-    isda=_rival("random moves of the features, in closed form (Wang et al. 2019)", dict(lam=.5), _callback('regularizers.semantic', 'ISDA'),
-        dict(lam=(.05, 5., 'log')), dict(every=1, diagonal=False)),
-    al2=_rival("squared activations before the classifier, growing weight (Helou et al. 2020; form ours)", dict(lam=.01),
-        _callback('regularizers.activations', 'AL2'), dict(lam=(1e-4, 1., 'log'))),
-    orthogonal=_rival("orthonormal neurons, squared (Bansal et al. 2018)", dict(lam=1e-3), _orthogonal('soft'), SMALL, dict(every=1, normalize=False)),
-    double_orthogonal=_rival("the same for rows and columns (Bansal et al. 2018)", dict(lam=1e-3), _orthogonal('double'), SMALL),
-    coherence=_rival("the largest product of two neurons (Bansal et al. 2018)", dict(lam=1e-3), _orthogonal('coherence'), SMALL),
-    srip=_rival("the spectral norm of the Gram matrix less one (Bansal et al. 2018)", dict(lam=1e-3), _orthogonal('spectral'), SMALL),
-    gradient_penalty=_rival("squared gradient at the input (Drucker and LeCun 1992)", dict(lam=.1), _callback('regularizers.smoothness', 'GradientPenalty'),
-        dict(lam=(1e-3, 10., 'log'))),
-    spectral_penalty=_rival("squared spectral norms of the layers (Yoshida and Miyato 2017)", dict(lam=.01), _callback('regularizers.smoothness', 'SpectralPenalty'),
-        dict(lam=(1e-4, 1., 'log'))),
-    normalize_project=_rival("norms in front of a normalisation kept (Lyle et al. 2024)", {}, _callback('regularizers.norms', 'NormalizeAndProject'), options={}),
-    cutmix=_rival("patches of other images, labels by area (Yun et al. 2019; fastai)", dict(alpha=1.), _cutmix, dict(alpha=(.05, 2., 'log')), {}),
-    randaugment=_rival("a few random changes an image (Cubuk et al. 2020; torchvision)", dict(num_ops=2, magnitude=9), _augment('RandAugment'), options={}),
-    trivial_augment=_rival("one random change an image (Mueller and Hutter 2021; torchvision)", {}, _augment('TrivialAugmentWide'), options={}),
+    amp=_rival("the same by steps of ascent (Zheng et al. 2021)", dict(eps=.5, lr=1., steps=1),
+        _callback('regularizers.flatness', 'AMP'), dict(eps=(.05, 2., 'log'))),
+    isda=_rival("random moves of the features, in closed form (Wang et al. 2019)", dict(lam=.5),
+        _callback('regularizers.semantic', 'ISDA'), dict(lam=(.05, 5., 'log')), dict(every=1, diagonal=False)),
+    al2=_rival("squared activations before the classifier, growing weight (Helou et al. 2020; form ours)",
+        dict(lam=.01), _callback('regularizers.activations', 'AL2'), dict(lam=(1e-4, 1., 'log'))),
+    orthogonal=_rival("orthonormal neurons, squared (Bansal et al. 2018)", dict(lam=1e-3), _orthogonal('soft'), SMALL,
+        dict(every=1, normalize=False)),
+    double_orthogonal=_rival("the same for rows and columns (Bansal et al. 2018)", dict(lam=1e-3),
+        _orthogonal('double'), SMALL),
+    coherence=_rival("the largest product of two neurons (Bansal et al. 2018)", dict(lam=1e-3),
+        _orthogonal('coherence'), SMALL),
+    srip=_rival("the spectral norm of the Gram matrix less one (Bansal et al. 2018)", dict(lam=1e-3),
+        _orthogonal('spectral'), SMALL),
+    gradient_penalty=_rival("squared gradient at the input (Drucker and LeCun 1992)", dict(lam=.1),
+        _callback('regularizers.smoothness', 'GradientPenalty'), dict(lam=(1e-3, 10., 'log'))),
+    spectral_penalty=_rival("squared spectral norms of the layers (Yoshida and Miyato 2017)", dict(lam=.01),
+        _callback('regularizers.smoothness', 'SpectralPenalty'), dict(lam=(1e-4, 1., 'log'))),
+    normalize_project=_rival("norms in front of a normalisation kept (Lyle et al. 2024)", {},
+        _callback('regularizers.norms', 'NormalizeAndProject'), options={}),
+    cutmix=_rival("patches of other images, labels by area (Yun et al. 2019; fastai)", dict(alpha=1.), _cutmix,
+        dict(alpha=(.05, 2., 'log')), {}),
+    randaugment=_rival("a few random changes an image (Cubuk et al. 2020; torchvision)", dict(num_ops=2, magnitude=9),
+        _augment('RandAugment'), options={}),
+    trivial_augment=_rival("one random change an image (Mueller and Hutter 2021; torchvision)", {},
+        _augment('TrivialAugmentWide'), options={}),
     stochastic_depth=_rival("residual branches left out at random (Huang et al. 2016; torchvision)", dict(p=.2),
         _callback('experiments.libraries', 'StochasticDepth'), dict(p=(.05, .5, 'linear')), {}),
-    ema=_rival("average of the last weights (Polyak 1992; PyTorch)", dict(decay=.98), _callback('experiments.libraries', 'EMA'), options={}))
+    ema=_rival("average of the last weights (Polyak 1992; PyTorch)", dict(decay=.98),
+        _callback('experiments.libraries', 'EMA'), options={}))
 
 # %% ../../nbs/experiments/methods.ipynb #ddf675b4
 def method_parts(
@@ -190,8 +205,9 @@ def _make_part(part, settings):
     "Pieces of one method; the option `every` goes to its callbacks"
     retired = METHODS[part].retired
     for name in settings:
-        if name in retired: raise ValueError(f"{part} has no setting {name!r} any more: it changed nothing that was worth "
-            "having (results/phantom-options.jsonl). Leave it out")
+        if name in retired:
+            raise ValueError(f"{part} has no setting {name!r} any more: it changed nothing that was worth having "
+                "(results/phantom-options.jsonl). Leave it out")
     settings = dict(settings)
     every = whole('every', settings.pop('every', 1))
     pieces = METHODS[part].make(**settings)

@@ -15,8 +15,9 @@ from .learner import make_learner
 from .run import Run
 
 # %% ../../nbs/experiments/pairs.ipynb #f335f11e
-FAMILIES = ('weight_decay','dropout','label_smoothing','mixup','cutmix','half_mhe','comhe_random','phantom','phantom_mix','targeted_sparsity',
-    'sam','amp','isda','al2','orthogonal','gradient_penalty','spectral_penalty','normalize_project','trivial_augment','stochastic_depth','ema')
+FAMILIES = ('weight_decay','dropout','label_smoothing','mixup','cutmix','half_mhe','comhe_random','phantom',
+    'phantom_mix','targeted_sparsity','sam','amp','isda','al2','orthogonal','gradient_penalty','spectral_penalty',
+    'normalize_project','trivial_augment','stochastic_depth','ema')
 
 def pair_outcome(
     first:str, # a key of `METHODS`

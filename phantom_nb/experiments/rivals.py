@@ -26,11 +26,12 @@ def bench_rivals(
     methods:list|None=None, # names; None for all of `rivals`
     width:float=.5, # factor on the channels, > 0
     rounds:int=5, # ratios of each method, >= 2
-    root=None # folder to look for the data first
+    root:str|Path|None=None # folder to look for the data first
 )->pd.DataFrame: # as `step_costs` gives
     "Measure what every rival adds to a training step (ours)."
     gpu = torch.cuda.is_available()
-    run = Run(experiment='bench', data=data, n_train=2000, model=model or ('resnet18' if gpu else 'resnet9'), width=width, augment='auto', bs=128,
+    model = model or ('resnet18' if gpu else 'resnet9')
+    run = Run(experiment='bench', data=data, n_train=2000, model=model, width=width, augment='auto', bs=128,
         precision='bf16' if gpu else 'float32')
     return step_costs(run, methods or rivals(), rounds, 10 if gpu else 2, root)
 

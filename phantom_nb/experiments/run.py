@@ -31,7 +31,8 @@ def check_data(
     "Return the name of a data set or the path of a folder; raise a `ValueError` for what is neither (ours)."
     looks_like_a_path = '/' in str(data) or '\\' in str(data) or str(data).startswith(('.','~'))
     if data in DATA_NAMES or Path(data).expanduser().is_dir(): return data
-    if looks_like_a_path: raise ValueError(f"data={data!r}: no such folder; give a folder of images (train/CLASS/*, test/CLASS/*)")
+    if looks_like_a_path:
+        raise ValueError(f"data={data!r}: no such folder; give a folder of images (train/CLASS/*, test/CLASS/*)")
     return one_of('data', data, DATA_NAMES)
 
 def check_model(
@@ -118,7 +119,8 @@ class Run:
         number('imbalance', self.imbalance, at_least=1)
         number('body_lr', self.body_lr, above=0, at_most=1)
         if self.folds==1: raise ValueError("folds=1: give 2 or more, or 0 for the data's own test images")
-        if self.frozen>=self.epochs and self.frozen: raise ValueError(f"frozen={self.frozen}: give less than epochs={self.epochs}")
+        if self.frozen>=self.epochs and self.frozen:
+            raise ValueError(f"frozen={self.frozen}: give less than epochs={self.epochs}")
 
     @property
     def key(self)->str: # 16 hexadecimal digits, the same in every process

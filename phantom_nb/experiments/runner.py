@@ -20,19 +20,21 @@ from filelock import FileLock, Timeout
 from ..checks import one_of
 from .checkpoint import Checkpoint
 from .engines import ENGINES, spread
-from .learner import NoValidation, StopAtLoss, evaluate, faster_precision, make_learner # chkstyle: ignore-node
-from .learner import measure_learner, provenance
+from .learner import NoValidation, StopAtLoss, evaluate, faster_precision # chkstyle: ignore-node
+from .learner import make_learner, measure_learner, provenance
 from .run import Run
-from .store import load_results, run_file, save_results, write_atomic, write_rows # chkstyle: ignore-node
+from .store import load_results, save_results, write_rows # chkstyle: ignore-node
+from .store import run_file, write_atomic
 
 # %% ../../nbs/experiments/runner.ipynb #a55c6263
-_all_ = ['Run', 'load_results', 'make_learner', 'evaluate', 'provenance', 'Checkpoint', 'spread', 'write_rows', 'save_results']
+_all_ = ['Run', 'load_results', 'make_learner', 'evaluate', 'provenance', 'Checkpoint', 'spread', 'write_rows',
+    'save_results']
 
 # %% ../../nbs/experiments/runner.ipynb #19dacbb7
 def fit_run(
     run:Run, # what to train
-    root, # folder to look for the data first
-    device, # torch device; None for the GPU if there is one
+    root:str|Path|None, # folder to look for the data first
+    device:str|torch.device|None, # None for the GPU if there is one
     checkpoint:Checkpoint, # where it is taken up, and when it stops
     trace:str='' # '', or what to keep of every epoch: 'means', 'layers'
 )->tuple: # status, metrics (empty if paused), device
@@ -55,9 +57,9 @@ def fit_run(
 
 def train_run(
     run:Run, # what to train
-    root=None, # folder to look for the data first
-    device=None, # torch device; None for the GPU if there is one
-    checkpoint=None, # file to keep the state in between epochs; None for a temporary one
+    root:str|Path|None=None, # folder to look for the data first
+    device:str|torch.device|None=None, # None for the GPU if there is one
+    checkpoint:str|Path|None=None, # file to keep the state in between epochs; None for a temporary one
     deadline:float=math.inf, # Unix time (seconds) after which it stops at the end of an epoch
     trace:str='' # '', or what to keep of every epoch: 'means', 'layers'
 )->dict: # the result's row: fields of `run`, key, status, metrics, provenance
@@ -72,9 +74,9 @@ def train_run(
 # %% ../../nbs/experiments/runner.ipynb #385f5f90
 def run_one(
     run:Run, # what to train; its precision is settled
-    store, # folder of results; unfinished runs are kept in its folder .work
-    root=None, # folder to look for the data first
-    device=None, # torch device; None for the GPU if there is one
+    store:str|Path, # folder of results; unfinished runs are kept in its folder .work
+    root:str|Path|None=None, # folder to look for the data first
+    device:str|torch.device|None=None, # None for the GPU if there is one
     threads:int|None=None, # CPU threads of PyTorch; None to leave them
     deadline:float=math.inf, # Unix time (seconds) after which it stops at the end of an epoch
     wait:bool=True, # wait for another process that has this run in hand
@@ -104,9 +106,9 @@ SETTLED = 'data','model','width','depth','bs','size','compile'
 
 def settle_precision(
     runs:Iterable, # `Run`s
-    store, # folder of results; what was settled is noted in its file .work/precision.jsonl
-    root=None, # folder to look for the data first
-    device=None, # torch device; None for the GPU if there is one
+    store:str|Path, # folder of results; what was settled is noted in its file .work/precision.jsonl
+    root:str|Path|None=None, # folder to look for the data first
+    device:str|torch.device|None=None, # None for the GPU if there is one
     threads:int|None=None # CPU threads that the runs will have; None to leave them
 )->list: # the same runs, none of them with precision 'auto'
     "Replace the precision 'auto' by what is faster here, or by what was settled before (ours)."
@@ -126,7 +128,8 @@ def settle_precision(
             torch.set_num_threads(before)
             known[json.dumps(what)] = precision
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open('a') as f: f.write(json.dumps(dict(what=what, precision=precision, seconds=seconds, threads=threads))+'\n')
+            note = dict(what=what, precision=precision, seconds=seconds, threads=threads)
+            with path.open('a') as f: f.write(json.dumps(note)+'\n')
         settled.append(replace(run, precision=known[json.dumps(what)]) if run.precision=='auto' else run)
     return settled
 
@@ -136,9 +139,9 @@ def run_many(
     engine:str='local', # 'local' processes, or tasks on 'ray'
     jobs:int|None=None, # runs at a time, >= 1; None for one a core, or four a GPU
     time_budget:float|None=None, # seconds after which runs stop at the end of an epoch; None for no limit
-    store='results/runs', # folder of results
-    root=None, # folder to look for the data first
-    device=None, # torch device; None to deal runs out to the GPUs if there are any
+    store:str|Path='results/runs', # folder of results
+    root:str|Path|None=None, # folder to look for the data first
+    device:str|torch.device|None=None, # None to deal runs out to the GPUs if there are any
     on_row:Callable=noop, # called with every row as it is there
     trace:str='', # '', or what to keep of every epoch: 'means', 'layers'
     **kwargs # `retries` and `address`, see `spread`

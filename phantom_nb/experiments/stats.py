@@ -37,8 +37,8 @@ def mean_interval(
     method:str='t', # 't', or 'bootstrap' for 20 values or more
     n_resamples:int=9999, # samples that the bootstrap draws, >= 1
     seed:int=0 # of these draws
-)->tuple: # mean, low end, high end, in the values' unit; the ends are NaN for fewer than three values, or values all equal
-    "Compute a mean and its interval (Student 1908, eq. 1; BCa bootstrap: Efron 1987); bad options raise a `ValueError`."
+)->tuple: # mean, low end, high end, in the values' unit; the ends are NaN for fewer than three values, or all equal
+    "Compute a mean and its interval (Student 1908, eq. 1; BCa bootstrap: Efron 1987); `ValueError` for bad options."
     share('level', level)
     one_of('method', method, ('t','bootstrap'))
     x = _finite(x)
@@ -46,7 +46,8 @@ def mean_interval(
     if not _has_spread(x): return mean, np.nan, np.nan
     if method=='t': return mean, *stats.t.interval(level, len(x)-1, loc=mean, scale=stats.sem(x))
     if len(x)<FEWEST_BOOTSTRAP:
-        raise ValueError(f"method='bootstrap' with {len(x)} values covers too little: give {FEWEST_BOOTSTRAP} or more, or use 't'")
+        remedy = f"give {FEWEST_BOOTSTRAP} or more, or use 't'"
+        raise ValueError(f"method='bootstrap' with {len(x)} values covers too little: {remedy}")
     rng = np.random.default_rng(seed)
     found = stats.bootstrap([x], np.mean, confidence_level=level, n_resamples=n_resamples, rng=rng)
     return mean, *found.confidence_interval
@@ -211,7 +212,7 @@ def comparisons(
     together:bool=False, # correct over all settings at once, instead of within each
     **kwargs # options of `comparison`
 )->pd.DataFrame: # its rows, indexed by the values of `over` and the method
-    "Make one comparison for every setting (Holm 1979, within each or over all); a missing column raises a `ValueError`."
+    "Make one comparison for every setting (Holm 1979, within each or over all); `ValueError` for a missing column."
     over = _columns(df, over)
     if not len(df): raise ValueError("no rows to compare: check the filter")
     tables = []
@@ -229,7 +230,7 @@ def comparisons(
 # %% ../../nbs/experiments/stats.ipynb #850dcc9a
 @dataclass(frozen=True)
 class Claim:
-    "What is claimed of the mean of some values, one a seed; a bound below 0 for 'within' and unknown words raise a `ValueError`."
+    "What is claimed of the mean of some values, one a seed; a wrong kind or bound raises a `ValueError`."
     values:Sequence|float # (n,) values or paired differences, one a seed or independent run; one number if `p` is given
     kind:str = 'above' # 'above', 'below' or 'within'
     bound:float = 0. # in the values' unit; 'within' means between -bound and bound
@@ -242,18 +243,20 @@ class Claim:
         if self.p is not None: number('p', self.p, at_least=0, at_most=1)
 
     @property
-    def words(self)->str:
+    def words(self)->str: # such as '> 0'
         "The claim as text: '> 0', '< 0.5', 'within 1'"
         return dict(above='> ', below='< ', within='within ')[self.kind] + f'{self.bound:g}'
 
-    def one_sided(self, bound:float)->tuple:
+    def one_sided(self,
+        bound:float # in the values' unit
+    )->tuple: # two p-values in [0,1]; NaN for fewer than three values, or all equal
         "p-values of 'the mean is above the bound' and of 'it is below'"
         x = _finite(self.values)
         if not _has_spread(x): return np.nan, np.nan
         t = (x.mean()-bound)/stats.sem(x)
         return stats.t.sf(t, len(x)-1), stats.t.cdf(t, len(x)-1)
 
-    def decide(self)->tuple:
+    def decide(self)->tuple: # the word, and a p-value in [0,1] or NaN
         "What the values say if anything ('yes' or 'no'), and the p-value of saying so"
         mean = np.mean(_finite(self.values))
         if self.kind=='within':
@@ -268,11 +271,13 @@ class Claim:
 
 # %% ../../nbs/experiments/stats.ipynb #66677cff
 def answer(
-    asked:dict, # claim in words (or a tuple of words) -> `Claim`, or (n,) values of which is claimed that they are above 0
+    asked:dict, # claim in words (or a tuple of words) -> `Claim`, or (n,) values that are claimed to be above 0
     level:float=.95, # coverage of an interval, and of all answers together, in (0,1)
     names:Sequence=('claim',) # names of the index levels
 )->pd.DataFrame: # a row a claim: claimed, estimate, low, high, n, p, p_holm, answer ('yes', 'no' or 'unclear')
-    """Answer claims together, at one error rate for all (Student 1908, Holm 1979, Schuirmann 1987); no claims raise a `ValueError`.
+    """Answer claims together, at one error rate for all (Student 1908, Holm 1979, Schuirmann 1987).
+
+    No claims raise a `ValueError`.
 
     For example, `d` holding one difference a seed:
 
@@ -293,7 +298,8 @@ def answer(
         n = len(_finite(np.atleast_1d(claim.values)))
         rows.append(dict(claimed=claim.words, estimate=estimate, low=low, high=high, n=n, p=p, said=said))
     keys = list(asked)
-    index = pd.MultiIndex.from_tuples(keys, names=names) if isinstance(keys[0], tuple) else pd.Index(keys, name=names[0])
+    if isinstance(keys[0], tuple): index = pd.MultiIndex.from_tuples(keys, names=names)
+    else: index = pd.Index(keys, name=names[0])
     table = pd.DataFrame(rows, index=index)
     table['p_holm'] = holm(table.p)
     table['answer'] = np.where(table.p_holm<=1-level, table.said, 'unclear')
@@ -339,6 +345,8 @@ def claims(
     for a,b in pairs:
         d = differences(df, a, b, metric, over, by, pool)
         settings = {():d} if pool else d
-        for setting,values in settings.items(): asked[(f'{a} > {b}', *setting) if setting else f'{a} > {b}'] = Claim(values, kind)
+        words = f'{a} > {b}'
+        for setting,values in settings.items(): asked[(words, *setting) if setting else words] = Claim(values, kind)
     table = answer(asked, level, ['claim'] if pool else ['claim', *over])
-    return table.drop(columns='claimed').rename(columns=dict(estimate='diff', low='diff_low', high='diff_high', n='pairs'))
+    names = dict(estimate='diff', low='diff_low', high='diff_high', n='pairs')
+    return table.drop(columns='claimed').rename(columns=names)

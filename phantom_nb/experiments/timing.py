@@ -7,7 +7,9 @@ __all__ = ['median_step', 'ratio_interval', 'step_costs', 'penalties', 'bench_st
 
 # %% ../../nbs/experiments/timing.ipynb #49ceed6b
 import math, statistics, time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from fastai.basics import Callback, CancelFitException, Learner
@@ -34,7 +36,7 @@ def median_step(
     return statistics.median(b-a for a,b in zip(times[skip-1:], times[skip:]))
 
 def ratio_interval(
-    ratios, # (n,) ratios of times, > 0
+    ratios:Sequence, # (n,) ratios of times, > 0
     level:float=.95 # coverage in (0,1)
 )->tuple: # geometric mean, low end, high end; the ends are NaN for one ratio
     "Compute a mean ratio and its interval on the scale of logarithms (Student 1908)."
@@ -49,8 +51,8 @@ def step_costs(
     methods:list, # names; plain training is what they are compared with
     rounds:int=5, # ratios of each, >= 2
     steps:int=4, # timed in each turn, >= 1
-    root=None, # folder to look for the data first
-    device=None # torch device; None for the GPU if there is one
+    root:str|Path|None=None, # folder to look for the data first
+    device:str|torch.device|None=None # None for the GPU if there is one
 )->pd.DataFrame: # a row a method: cost (share of a plain step), low, high, plain_ms
     "Measure what methods add to a training step, taking turns with plain training (ours)."
     whole('rounds', rounds, 2)
@@ -61,7 +63,8 @@ def step_costs(
         median_step(learn, steps) # the first steps set things up
         times = [(median_step(plain, steps), median_step(learn, steps)) for _ in range(rounds)]
         ratio,low,high = ratio_interval([ours/before for before,ours in times])
-        rows.append(dict(method=method, cost=ratio-1, low=low-1, high=high-1, plain_ms=1e3*statistics.median(t for t,_ in times)))
+        plain_ms = 1e3*statistics.median(before for before,_ in times)
+        rows.append(dict(method=method, cost=ratio-1, low=low-1, high=high-1, plain_ms=plain_ms))
     where = provenance(plain.dls.device)
     shared = dict(model=run.model, data=run.data, bs=run.bs, precision=run.precision, rounds=rounds)
     return pd.DataFrame([row | shared | where for row in rows])
@@ -75,10 +78,11 @@ def bench_step(
     data:str='cifar10', # a key of `DATASETS`
     model:str|None=None, # None for resnet9, on a GPU resnet18
     rounds:int=5, # ratios of each method, >= 2
-    root=None # folder to look for the data first
+    root:str|Path|None=None # folder to look for the data first
 )->pd.DataFrame: # as `step_costs` gives
     "Measure what every penalty adds to a training step (ours)."
     gpu = torch.cuda.is_available()
-    run = Run(experiment='bench', data=data, n_train=2000, model=model or ('resnet18' if gpu else 'resnet9'), augment='auto', bs=128,
+    model = model or ('resnet18' if gpu else 'resnet9')
+    run = Run(experiment='bench', data=data, n_train=2000, model=model, augment='auto', bs=128,
         precision='bf16' if gpu else 'float32')
     return step_costs(run, penalties(), rounds, 10 if gpu else 2, root)

@@ -57,7 +57,7 @@ def open_study(
     name:str, # of the study
     first:dict # values of the first trial
 )->tuple: # the study; values of the trials that are done
-    "Open a study or begin it, and ask again for what was in hand; raise a `ValueError` without Optuna (Akiba et al. 2019)."
+    "Open a study or begin it, and ask again for what was in hand; `ValueError` without Optuna (Akiba et al. 2019)."
     try: import optuna
     except ImportError as e: raise ValueError("tuning needs Optuna: pip install 'phantom_nb[tune]'") from e
     from optuna.storages.journal import JournalFileBackend
@@ -72,7 +72,7 @@ def open_study(
     return study, [trial.params for trial in study.get_trials(states=[state.COMPLETE])]
 
 def ask(
-    study, # Optuna's
+    study:object, # Optuna's, as `open_study` gives
     space:dict, # name -> (low, high, scale)
     number:int, # of the trial, >= 0
     startup:int # trials that are drawn at random, >= 1
@@ -95,7 +95,7 @@ def mark_best(
 
 def tune_one(
     run:Run, # what to tune; its seed and validation images do not matter
-    store, # folder of results; studies are kept in its folder studies
+    store:str|Path, # folder of results; studies are kept in its folder studies
     trials:int=8, # trainings, >= 1
     n_valid:int=1000, # validation images, >= 1
     lr:tuple=LR, # (low, high, 'log' or 'linear') of the learning rate
@@ -120,12 +120,12 @@ def tune_one(
 # %% ../../nbs/experiments/tune.ipynb #4b74551d
 def tune_many(
     runs:Iterable, # `Run`s; those that differ in their seed alone share a study
-    store, # folder of results
+    store:str|Path, # folder of results
     trials:int=8, # trainings a study, >= 1
     n_valid:int=1000, # validation images, >= 1
     lr:tuple=LR, # (low, high, 'log' or 'linear') of the learning rate
     time_budget:float|None=None, # seconds after which trials stop at the end of an epoch; None for no limit
-    root=None, # folder to look for the data first
+    root:str|Path|None=None, # folder to look for the data first
     on_study:Callable=noop, # called with every study's frame as it is there
     **kwargs # `engine`, `jobs`, `device`, `retries` and `address`, see `spread`
 )->pd.DataFrame: # one row a trial, see `tune_one`
