@@ -26,7 +26,7 @@ class AL2(ActivationRegularizer):
     inputs = True
     ramp = True # a number for `lam` is reached at the end of training (equation 1)
     def __init__(self,
-        lam:float|Callable=.01, # weight at the end of training, >= 0, or an annealer: SchedNo(.01, .01) for a weight that stays
+        lam:float|Callable=.01, # weight at the end of training, >= 0, or an annealer: SchedNo(.01, .01) to stay
         every:int=1, # steps from one penalty to the next, >= 1
         layers:type|str|Callable|Sequence|None=None # the classifier, see `find_head`; None to find it
     ): super().__init__(lam, every, layers)

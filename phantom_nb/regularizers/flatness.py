@@ -57,14 +57,14 @@ class SAM(SecondPass):
         eta:float=.01, # added to the size of each weight, >= 0; for `adaptive`
         lam:float|Callable=1., # share of the gradient that is taken elsewhere, >= 0, or an annealer
         every:int=1, # steps from one second pass to the next, >= 1
-        layers:type|str|Callable|Sequence|None=None # layers that are displaced, see `select_layers`; None for all parameters
+        layers:type|str|Callable|Sequence|None=None # what is displaced, see `select_layers`; None for all parameters
     ):
         super().__init__(lam, every, layers)
         self.rho = number('rho', rho, at_least=0)
         self.adaptive = adaptive
         self.eta = number('eta', eta, at_least=0)
 
-    def displacement(self, weights, gradients, gradients_at):
+    def displacement(self, weights:list, gradients:list, gradients_at:Callable):
         return sam_displacement(weights, self.only_chosen(weights, gradients), self.rho, self.adaptive, self.eta)
 
 class AMP(SecondPass):
@@ -75,13 +75,13 @@ class AMP(SecondPass):
         steps:int=1, # ascent steps, >= 1: each is a pass more
         lam:float|Callable=1., # share of the gradient that is taken elsewhere, >= 0, or an annealer
         every:int=1, # steps from one ascent to the next, >= 1
-        layers:type|str|Callable|Sequence|None=None # layers that are displaced, see `select_layers`; None for all parameters
+        layers:type|str|Callable|Sequence|None=None # what is displaced, see `select_layers`; None for all parameters
     ):
         super().__init__(lam, every, layers)
         self.eps = number('eps', eps, at_least=0)
         self.lr = number('lr', lr, at_least=0)
         self.steps_up = whole('steps', steps)
 
-    def displacement(self, weights, gradients, gradients_at):
+    def displacement(self, weights:list, gradients:list, gradients_at:Callable):
         def chosen_at(displacement): return self.only_chosen(weights, gradients_at(displacement))
         return amp_displacement(self.only_chosen(weights, gradients), chosen_at, self.eps, self.lr, self.steps_up)

@@ -60,7 +60,7 @@ class NormalizeAndProject(Regularizer):
         self._hooks = None
         self._loaded = False
 
-    def factor(self, lam): return 1. # nothing is added to the loss; the record shows the growth itself
+    def factor(self, lam:float): return 1. # nothing is added to the loss; the record shows the growth itself
     def start(self):
         if not self._loaded: self.norms,self._growth = {},0.
         super().start()
@@ -69,10 +69,12 @@ class NormalizeAndProject(Regularizer):
     def setup(self):
         "Refuse what cannot work, before the first batch."
         if not any(isinstance(m, NORMALISATIONS) for m in self.model.modules()):
-            raise ValueError("the network has no normalisation: the length of every weight matters, and none is projected")
+            raise ValueError("the network has no normalisation: the length of every weight matters, "
+                "and none is projected")
         for name,module in self.selected.items():
             if hasattr(module, 'parametrizations'):
-                raise ValueError(f"layer {name!r} is parametrized: its weight is computed anew each time, leave it out by layers=...")
+                raise ValueError(f"layer {name!r} is parametrized: its weight is computed anew each time, "
+                    "leave it out by layers=...")
         self.pairs = {}
         for name,module in self.selected.items(): self.norms.setdefault(name, weight_norm(module))
 
@@ -106,10 +108,12 @@ class NormalizeAndProject(Regularizer):
         self._growth = torch.stack([r.log().abs().nan_to_num(0., 0., 0.) for r in ratios]).mean()
         lam = self.lam_now()
         if not lam: return
-        for name,(layer,normalisation) in self.pairs.items(): project_norm(layer, normalisation, self.norms[name].to(layer.weight.device), lam)
+        for name,(layer,normalisation) in self.pairs.items():
+            norm = self.norms[name].to(layer.weight.device)
+            project_norm(layer, normalisation, norm, lam)
 
     def state_dict(self): return super().state_dict() | dict(norms=self.norms, growth=self._growth)
-    def load_state_dict(self, state):
+    def load_state_dict(self, state:dict):
         super().load_state_dict(state)
         self.norms,self._growth = dict(state.get('norms', {})),state.get('growth', 0.)
         self._loaded = bool(self.norms)

@@ -93,13 +93,14 @@ class ISDA(ReplacedLoss, ActivationRegularizer):
     def setup(self):
         "Refuse what cannot work, before the first batch."
         for cb in getattr(self.learn, 'cbs', []):
-            if isinstance(cb, MixHandler): raise ValueError(f"{type(cb).__name__} gives two classes to an image, and ISDA "
-                "takes the covariance of one: leave one of the two out")
+            if isinstance(cb, MixHandler):
+                raise ValueError(f"{type(cb).__name__} gives two classes to an image, and ISDA takes the covariance of "
+                    "one: leave one of the two out")
         (head,) = self.selected.values()
         if getattr(head, 'weight', None) is None:
             raise ValueError(f"{type(head).__name__} has no weight: name a linear classifier, layers='fc'")
 
-    def outputs(self, pred, lam):
+    def outputs(self, pred:Tensor, lam:float):
         (name,head),= self.selected.items()
         (y,) = self.learn.yb if len(self.learn.yb)==1 else (None,)
         if y is None or y.is_floating_point() or y.numel()!=len(pred):
@@ -113,7 +114,7 @@ class ISDA(ReplacedLoss, ActivationRegularizer):
         return isda_logits(pred, y, weight, self.moments[2], lam) if lam else pred
 
     def state_dict(self): return super().state_dict() | dict(moments=self.moments)
-    def load_state_dict(self, state):
+    def load_state_dict(self, state:dict):
         super().load_state_dict(state)
         self.moments = state.get('moments')
         self._loaded = self.moments is not None

@@ -27,7 +27,9 @@ def gradient_penalty(
     with_graph = torch.is_grad_enabled()
     with torch.enable_grad(): scaled = values*scale
     gradient, = torch.autograd.grad(scaled, x, create_graph=with_graph, retain_graph=True)
-    return (gradient.as_subclass(Tensor).float()/scale if scale!=1 else gradient.as_subclass(Tensor)).flatten(1).square().sum(1).mean()
+    gradient = gradient.as_subclass(Tensor)
+    if scale!=1: gradient = gradient.float()/scale
+    return gradient.flatten(1).square().sum(1).mean()
 
 # %% ../../nbs/regularizers/smoothness.ipynb #42913cbe
 def _linear(module, x):
@@ -39,10 +41,12 @@ def _linear(module, x):
 def _input_shape(module, in_shape):
     "Shape of one input of the layer"
     if isinstance(module, nn.Linear): return (module.in_features,)
-    if not isinstance(module, _ConvNd): raise ValueError(f"{type(module).__name__} is no linear map: give Linear or Conv layers")
+    kind = type(module).__name__
+    if not isinstance(module, _ConvNd): raise ValueError(f"{kind} is no linear map: give Linear or Conv layers")
     n_axes = len(module.kernel_size)
     if in_shape is None or len(in_shape) not in (n_axes, n_axes+1):
-        raise ValueError(f"in_shape={in_shape!r}: give the size of the input of {type(module).__name__}, {n_axes} numbers such as {(8,)*n_axes}")
+        example = f"{n_axes} numbers such as {(8,)*n_axes}"
+        raise ValueError(f"in_shape={in_shape!r}: give the size of the input of {kind}, {example}")
     return (module.in_channels, *in_shape[-n_axes:])
 
 def top_vectors(
@@ -86,13 +90,15 @@ class GradientPenalty(Regularizer):
         self._x = None
 
     def setup(self):
-        if is_compiled(self.model): raise ValueError("GradientPenalty differentiates twice, and compiled code can do so once: do not compile")
+        if is_compiled(self.model):
+            raise ValueError("GradientPenalty differentiates twice, and compiled code can do so once: do not compile")
 
     def open(self):
         self.close()
         x = self.learn.xb[0] if len(self.learn.xb) else None
         if not (isinstance(x, Tensor) and x.is_floating_point()):
-            raise ValueError(f"the network reads {getattr(x, 'dtype', type(x).__name__)}: GradientPenalty needs floating-point inputs")
+            kind = getattr(x, 'dtype', type(x).__name__)
+            raise ValueError(f"the network reads {kind}: GradientPenalty needs floating-point inputs")
         self._x,self._marked = x,not x.requires_grad
         x.requires_grad_()
 
@@ -102,14 +108,18 @@ class GradientPenalty(Regularizer):
 
     def penalty(self):
         if self._x is None: raise ValueError("no forward pass ahead of the penalty: call the network first")
-        with torch.enable_grad(): values = self._values() # at lam=0 the penalty is watched without a gradient of its own
+        # at lam=0 the penalty is watched without a gradient of its own
+        with torch.enable_grad(): values = self._values()
         return gradient_penalty(values, self._x, self.loss_scale())
 
     def _values(self):
         "Sum over the batch of what is differentiated"
-        if self.of=='loss': return (self.loss_of(self.learn.pred) if self.learn.loss is None else self.learn.loss)*len(self._x)
+        if self.of=='loss':
+            loss = self.loss_of(self.learn.pred) if self.learn.loss is None else self.learn.loss
+            return loss*len(self._x)
         y = self.learn.yb[0] if len(self.learn.yb)==1 else None
-        if y is None or y.is_floating_point(): raise ValueError("of='logit' needs one class an image: use of='loss' with mixed labels")
+        if y is None or y.is_floating_point():
+            raise ValueError("of='logit' needs one class an image: use of='loss' with mixed labels")
         return self.learn.pred.gather(1, y.reshape(-1, 1).long()).sum()
 
 class SpectralPenalty(Regularizer):
@@ -161,6 +171,6 @@ class SpectralPenalty(Regularizer):
         return (F.normalize(out.detach().flatten(), dim=0).view_as(out)*out).sum()
 
     def state_dict(self): return super().state_dict() | dict(vectors=self.vectors)
-    def load_state_dict(self, state):
+    def load_state_dict(self, state:dict):
         super().load_state_dict(state)
         self.vectors = dict(state.get('vectors', {}))
