@@ -346,9 +346,10 @@ def _show_version(wanted:bool):
     typer.echo(f"phantom_nb {__version__}")
     raise typer.Exit()
 
+_VERSION = typer.Option('--version', help="Show the version.", callback=_show_version, is_eager=True)
+
 @app.callback()
-def _common(version:Annotated[bool, typer.Option('--version', help="Show the version.", callback=_show_version,
-    is_eager=True)]=False): pass
+def _common(version:Annotated[bool, _VERSION]=False): pass
 
 def main(
     args:list|None=None # arguments; None for those of the process

@@ -249,7 +249,7 @@ PROMISES = (_zero_is_off, _loss_is_data, _accumulates, _is_finite, _hooks_go, _l
 
 WORDS = dict( # what a promise says for a kind, where it is not what it says for a penalty
     second_pass={1: "lam=0 changes nothing, bit for bit; lam>0 changes gradients; "
-            "weights, running statistics and random state are put back",
+        "weights, running statistics and random state are put back",
         2: "the gradient taken elsewhere enters loss_grad; the reported loss is that of the weights themselves",
         3: "each micro-batch has a displacement of its own, and the method says so"},
     loss={1: "lam=0 is the given loss, bit for bit; lam>0 changes gradients",

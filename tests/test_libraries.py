@@ -12,8 +12,12 @@ RUN = Run(n_train=32, bs=16, epochs=1, model='resnet9', width=.125)
 def test_images_change_anew_in_every_epoch_and_the_loader_is_given_back():
     learn = make_learner(Run(n_train=32, bs=16, epochs=2, augment='crop', method='trivial_augment'), device='cpu')
     before,seen = learn.dls.train.augment,[]
-    learn.fit(2, cbs=type('Look', (AugmentImages,), {'__init__':lambda self: None, 'before_fit':lambda self: None, 'after_fit':lambda self: None,
-        'before_batch':lambda self: seen.append(self.x.clone())})())
+    class Look(AugmentImages): # sees the images that the method has changed
+        def __init__(self): pass
+        def before_fit(self): pass
+        def after_fit(self): pass
+        def before_batch(self): seen.append(self.x.clone())
+    learn.fit(2, cbs=Look())
     assert learn.dls.train.augment is before and not any(torch.equal(a, b) for a,b in zip(seen[:2], seen[2:]))
 
 def test_floating_point_recipes_are_refused():
@@ -21,7 +25,8 @@ def test_floating_point_recipes_are_refused():
         make_learner(Run(n_train=32, bs=16, epochs=1, augment='resized', method='trivial_augment'), device='cpu').fit(1)
 
 def test_stochastic_depth_needs_residual_blocks():
-    with pytest.raises(ValueError, match='no residual blocks'): make_learner(Run(n_train=32, epochs=1, method='stochastic_depth'), device='cpu').fit(1)
+    learn = make_learner(Run(n_train=32, epochs=1, method='stochastic_depth'), device='cpu')
+    with pytest.raises(ValueError, match='no residual blocks'): learn.fit(1)
     with pytest.raises(ValueError, match='p=1'): StochasticDepth(1)
 
 def test_two_mixers_are_refused():
