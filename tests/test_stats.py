@@ -283,7 +283,7 @@ def test_answers_of_every_kind():
 
 @pytest.mark.parametrize('make,what', [(lambda: Claim([1.], 'over'), "kind='over'.*: give one of above, below, within"),
     (lambda: Claim([1.], 'within'), 'bound=0.0'), (lambda: Claim([1.], p=2.), 'p=2.0'), (lambda: answer({}), 'nothing is asked'),
-    (lambda: answer(dict(a=[1.,2.,3.]), level=95), 'level=95')], ids=str)
+    (lambda: answer(dict(a=[1.,2.,3.]), level=95), 'level=95')], ids=['kind','bound','p','nothing','level'])
 def test_wrong_claims_are_refused(make, what):
     with pytest.raises(ValueError, match=what): make()
 
