@@ -133,7 +133,7 @@ def test_interrupted_comparison_keeps_shows_and_resumes(tmp_path):
     p = start_compare(tmp_path)
     wait_for(tmp_path, 3)
     os.killpg(p.pid, signal.SIGINT)
-    text = p.communicate(timeout=60)[0]
+    text = p.communicate(timeout=240)[0]
     kept = {f.name:f.stat().st_mtime_ns for f in tmp_path.glob('runs/*.json')}
     assert p.returncode==130 and 3<=len(kept)<16, text
     assert 'none' in text and 'goes on from here' in text and 'Traceback' not in text and 'Warning' not in text, text
