@@ -356,6 +356,6 @@ def main(
 ):
     "Run the command line."
     try: app(args)
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, FileNotFoundError, ImportError, ConnectionError) as e: # a missing extra, weights out of reach
         Console(stderr=True).print(f"phantom_nb: {e}", style='red', markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

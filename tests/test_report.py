@@ -5,7 +5,8 @@ from pathlib import Path
 from rich.console import Console
 
 from phantom_nb.experiments.report import (BETTER, NEITHER, WORSE, as_markdown, as_rich, direction_words, filter_rows, front_figure, house_style, metric_words,
-    plot_comparison, plot_comparisons, show_results, tell_apart, verdict)
+    plot_comparison, plot_comparisons, show_comparison, show_results, tell_apart, verdict)
+from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.stats import comparison, comparisons
 from test_stats import LUCK, RUNS, frame, null_frame
 
@@ -201,3 +202,10 @@ def test_one_style():
     with plt.rc_context():
         house_style()
         assert plt.rcParams['figure.dpi']==110 and plt.rcParams['axes.prop_cycle'].by_key()['color'][0].lower()=='#0072b2'
+
+def test_a_comparison_that_was_stopped_before_its_first_run_says_so(tmp_path):
+    "The folder of runs is there, and nothing in it yet"
+    (tmp_path/'runs').mkdir()
+    console = Console(record=True, width=100)
+    show_comparison([Run()], tmp_path, console)
+    assert 'No run is finished yet' in console.export_text()

@@ -399,7 +399,7 @@ def show_comparison(
 )->None:
     "Print and save what is recorded of a comparison."
     out = Path(out)
-    df = load_results(out/'runs') if (out/'runs').exists() else pd.DataFrame(columns=['key'])
+    df = load_results(out/'runs') if any((out/'runs').glob('*.json')) else pd.DataFrame(columns=['key'])
     df = df[df.key.isin([run.key for run in runs])]
     if not len(df): return console.print(f"No run is finished yet in {out}.")
     table = write_report(df, out, runs[0])

@@ -370,8 +370,8 @@ class PhantomEmbeddings(Regularizer):
         "Embeddings and labels of the batch, of all processes together"
         if len(self.seen)!=1:
             name = next(iter(self.selected))
-            raise ValueError(f"{name!r} was applied {len(self.seen)} times in one pass: its inputs are no embeddings "
-                "of the batch, name another head")
+            raise ValueError(f"{name!r} was applied {len(self.seen)} times since the last penalty: call the network "
+                "once ahead of each, or name another head, whose inputs are the embeddings")
         z,y = as_embeddings(self.seen[0], head).float(),self._labels()
         if len(z)!=len(y): raise ValueError(f"the head read {len(z)} rows for {len(y)} labels: name another head")
         together = any(isinstance(m, DistributedDataParallel) for m in self.learn.model.modules())
