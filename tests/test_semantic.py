@@ -21,6 +21,20 @@ def test_logits_never_fall_and_the_right_one_stays(b, c, d, diagonal):
     assert (moved>=logits-1e-9).all() and torch.allclose(moved.gather(1, y[:,None]), logits.gather(1, y[:,None]))
     assert F.cross_entropy(moved, y)>=F.cross_entropy(logits, y)-1e-9
 
+@pytest.mark.parametrize('n', [3, 12])
+def test_logits_are_moved_by_half_the_variance_of_their_difference(n):
+    "Against a loop over samples and classes, with fewer samples than classes and with more; full and diagonal"
+    gen = torch.Generator().manual_seed(0)
+    logits,weight,root = (torch.randn(*shape, generator=gen, dtype=torch.float64) for shape in ((n,5), (5,4), (5,4,4)))
+    y,cov = torch.randint(5, (n,), generator=gen),root@root.mT
+    for given_cov,full in ((cov, cov), (cov.diagonal(dim1=1, dim2=2), torch.diag_embed(cov.diagonal(dim1=1, dim2=2)))):
+        want = logits.clone()
+        for i,own in enumerate(y):
+            for j in range(5):
+                d = weight[j]-weight[own]
+                want[i,j] += .7/2*(d@full[own]@d)
+        torch.testing.assert_close(isda_logits(logits, y, weight, given_cov, .7), want)
+
 def test_gradients():
     gen = torch.Generator().manual_seed(0)
     logits,weight = [torch.randn(s, generator=gen, dtype=torch.float64, requires_grad=True) for s in ((6,3), (3,4))]

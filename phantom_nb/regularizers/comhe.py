@@ -7,6 +7,7 @@ __all__ = ['DEFAULTS', 'ROLES', 'CoMHE']
 
 # %% ../../nbs/regularizers/comhe.ipynb #28c10bd4
 import math
+from collections.abc import Callable
 
 import torch
 from fastcore.basics import store_attr
@@ -29,7 +30,7 @@ class CoMHE(MHE):
 
     def __init__(self,
         projection:str='random', # 'random', 'expected', 'angle', 'adversarial' or 'group'
-        lam:float=1., # weight >= 0, or an annealer
+        lam:float|Callable=1., # weight >= 0, or an annealer
         k:int|None=None, # dimensions to project to, or coordinates a group (rounded up to whole channels), >= 1
         m:int|None=None, # projections of a layer, >= 1; or groups that are drawn, 0 for all of them
         redraw:int|None=None, # steps from one random draw to the next, >= 0; 0 for never
@@ -78,7 +79,7 @@ class CoMHE(MHE):
     @classmethod
     def paper(cls,
         projection:str='random', # 'random', 'angle', 'adversarial' or 'group'
-        lam:float=1., # weight >= 0, or an annealer
+        lam:float|Callable=1., # weight >= 0, or an annealer
         **kwargs # further options of `CoMHE`
     ): # the callback
         "Make `CoMHE` as the authors ran it: their epsilon, number of projections and rate (rmlin/CoMHE at 4ac9898)."

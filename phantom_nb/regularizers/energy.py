@@ -260,7 +260,7 @@ class Stack(NamedTuple):
 class MHE(Regularizer):
     "Minimise the hyperspherical energy of every layer's neurons (Liu 2018)."
     def __init__(self,
-        lam:float=1., # weight >= 0, or an annealer
+        lam:float|Callable=1., # weight >= 0, or an annealer
         s:float=2., # power of the distance, in [0,10]
         half_space:bool=False, # half-space energy for hidden layers
         angular:bool=False, # angular distance
@@ -279,7 +279,7 @@ class MHE(Regularizer):
 
     @classmethod
     def paper(cls,
-        lam:float=1., # weight >= 0, or an annealer
+        lam:float|Callable=1., # weight >= 0, or an annealer
         s:float=2., # power of the distance, in [0,10]
         half_space:bool=False, # half-space energy for hidden layers
         angular:bool=False, # angular distance
