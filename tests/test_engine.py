@@ -13,7 +13,7 @@ pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parent.parent
 QUICK = Run(epochs=3, n_train=40)
-LONG = Run(epochs=60, n_train=200, method='half_mhe')
+LONG = Run(epochs=150, n_train=200, method='half_mhe')
 NUMBERS = 'accuracy loss train_accuracy train_loss penalty share'.split()
 
 def numbers(row): return {k:row.get(k) for k in NUMBERS}
@@ -44,7 +44,7 @@ SCRIPT = '''
 import sys
 from phantom_nb.experiments.runner import Run, run_many
 if __name__=='__main__':
-    specs = [Run(epochs=60, n_train=200, method='half_mhe', seed=i) for i in range(4)]
+    specs = [Run(epochs=150, n_train=200, method='half_mhe', seed=i) for i in range(4)]
     run_many(specs, engine=sys.argv[1], jobs=2, store=sys.argv[2], on_row=lambda r: print(r['seed'], flush=True))
     print('end', flush=True)
 '''
@@ -62,7 +62,7 @@ def in_hand(store, seconds=180):
         for p in store.glob('.work/*.pth'):
             try: found[p.stem] = torch.load(p, weights_only=True)['epoch']
             except FileNotFoundError: continue # recorded meanwhile
-        if found and list(store.glob('*.json')) and 5<max(found.values())<45: return found
+        if found and list(store.glob('*.json')) and 5<max(found.values())<120: return found
         time.sleep(.02)
     raise AssertionError("no run gets on")
 

@@ -37,15 +37,17 @@ class Checkpoint(Callback):
     order = 80
     def __init__(self,
         path:str|Path, # file to keep the state in
-        deadline:float=math.inf # Unix time (seconds)
+        deadline:float=math.inf, # Unix time (seconds)
+        interval:float=2. # seconds of training between two saves, >= 0; the deadline saves whatever it is
     ):
         self.path = Path(path)
         self.deadline = deadline
+        self.interval = interval
         self.state = None # what was loaded
         self.start = 0 # epochs that were done before this sitting
         self.resumed = [] # numbers of epochs after which it was taken up
         self.paused = False
-        self.since = time.perf_counter()
+        self.since = self.saved = time.perf_counter()
 
     def seconds(self)->float: # spent training, all sittings together
         "Time the training."
@@ -77,7 +79,9 @@ class Checkpoint(Callback):
 
     def after_epoch(self):
         done = self.epoch+1
-        if done<=self.start or done==self.n_epoch: return
+        self.paused = time.time()>self.deadline and done<self.n_epoch
+        due = time.perf_counter()-self.saved >= self.interval
+        if done<=self.start or done==self.n_epoch or not (due or self.paused): return
         regs = [(cb.state_dict(), cb.records) for cb in self._regularizers(self.learn)]
         opt = {k:list(v) for k,v in self.opt.state_dict().items()}
         state = dict(epoch=done, model=self.model.state_dict(), opt=opt, regs=regs, chance=random_state())
@@ -85,7 +89,7 @@ class Checkpoint(Callback):
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.path, buffer.getvalue())
-        self.paused = time.time()>self.deadline
+        self.saved = time.perf_counter()
         if self.paused: raise CancelFitException()
 
 def put_record(

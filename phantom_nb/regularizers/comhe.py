@@ -183,7 +183,7 @@ class CoMHE(MHE):
         if (state['projection'],have)!=(self.projection,need):
             raise ValueError(f"the loaded projections are {state['projection']} {have}, but projection="
                 f"{self.projection!r} needs {need}: load them with the options they were saved with")
-        self.gen.set_state(state['gen'])
+        self.gen.set_state(state['gen'].cpu())
         self.draw,self.age = state['draw'],state['age']
         self.make_basis()
         if 'basis' in state: self.basis = {key:p.to(old) for (key,old),p in zip(self.basis.items(), state['basis'])}
