@@ -2,7 +2,7 @@
 import pytest, torch
 
 from phantom_nb.experiments.learner import make_learner
-from phantom_nb.experiments.libraries import AugmentImages, StochasticDepth
+from phantom_nb.experiments.libraries import AugmentImages, SpatialDropout, StochasticDepth
 from phantom_nb.experiments.methods import make_method
 from phantom_nb.experiments.pairs import FAMILIES, pair_outcome
 from phantom_nb.experiments.run import Run
@@ -28,6 +28,17 @@ def test_stochastic_depth_needs_residual_blocks():
     learn = make_learner(Run(n_train=32, epochs=1, method='stochastic_depth'), device='cpu')
     with pytest.raises(ValueError, match='no residual blocks'): learn.fit(1)
     with pytest.raises(ValueError, match='p=1'): StochasticDepth(1)
+
+def test_spatial_dropout_drops_whole_maps_and_leaves_no_hooks():
+    learn = make_learner(RUN, device='cpu')
+    learn.add_cb(SpatialDropout(.5))
+    seen = []
+    handle = learn.model.stage1.register_forward_pre_hook(lambda module, args: seen.append((args[0]==0).flatten(2).all(2).float().mean()))
+    learn.fit(1)
+    handle.remove()
+    assert .3<torch.stack(seen).mean()<.75
+    assert not any(m._forward_hooks for m in learn.model.modules())
+    with pytest.raises(ValueError, match='p=1'): SpatialDropout(1)
 
 def test_two_mixers_are_refused():
     with pytest.raises(ValueError, match='both mix'): make_method('mixup+cutmix')

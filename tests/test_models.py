@@ -233,3 +233,17 @@ def test_resnet9_has_a_width_in_channels_and_a_factor_in_create_model():
 def test_residual_adds():
     block,x = Residual(4).eval(),images(2, 4, 6)
     assert torch.equal(block(x), x + block.block2(block.block1(x)))
+
+@pytest.mark.parametrize('norm', ['group','layer','none'])
+def test_another_normalization_keeps_the_weights_and_looks_at_one_image(norm):
+    batch,net = (create_model('resnet9', 3, seed=0, norm=o, width=.25).train() for o in ('batch', norm))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    assert all(map(torch.equal, batch.parameters(), net.parameters()))
+    x = images(6, 3, 16)
+    assert torch.allclose(net(x)[:2], net(x[:2]), atol=1e-4)
+
+def test_normalization_is_refused_where_it_cannot_be_replaced(tmp_path):
+    with pytest.raises(ValueError, match='no batch normalization'): create_model('plain_cnn', norm='layer')
+    with pytest.raises(ValueError, match="norm='instance'"): create_model('resnet9', norm='instance')
+    torch.save(create_model('small_cnn').state_dict(), tmp_path/'w.pt')
+    with pytest.raises(ValueError, match='trained weights need'): create_model('small_cnn', norm='layer', weights=tmp_path/'w.pt')

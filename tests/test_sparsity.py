@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from phantom_nb.contract import _n_hooks, check_regularizer
 from phantom_nb.data import get_dls
 from phantom_nb.experiments import bench
+from phantom_nb.experiments.methods import make_method
 from phantom_nb.models import create_model
 from phantom_nb.plain import attach
 from phantom_nb.measures import sparsity as measure
@@ -567,3 +568,12 @@ def test_judgement(alarm, onset, want): assert judge_alarm(alarm, onset)==want
 def test_contract_of_a_signed_activation():
     def make(**kw): return TargetedSparsity(**{'layers':nn.BatchNorm2d, 'over':'units', **kw})
     assert set(check_regularizer(make, points=[1,2,4,5]).result)=={'kept'}
+
+def test_the_table_of_methods_has_every_option_and_either_half():
+    cb, = make_method('targeted_sparsity', correlation=.5, target=.2, rechoose=3, over='units', layers='late').cbs
+    assert (cb.correlation, cb.target, cb.rechoose, cb.over, cb.layers)==(.5, .2, 3, 'units', 'late')
+    for during,expected in dict(first=(2., 0.), second=(0., 2.)).items():
+        cb, = make_method('targeted_sparsity', lam=2., during=during).cbs
+        assert (cb.lam(.49), cb.lam(.5))==expected
+    with pytest.raises(ValueError, match="during='third'"): make_method('targeted_sparsity', during='third')
+    with pytest.raises(ValueError, match='lam=-1'): make_method('targeted_sparsity', lam=-1, during='first')

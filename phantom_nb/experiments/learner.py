@@ -168,7 +168,7 @@ def make_learner(
     n_channels,*size = data.x_train.shape[1:]
     given = dict(pretrained=True) if run.pretrained else {}
     model = create_model(run.model, n_in=n_channels, n_out=len(data.classes), size=tuple(size), width=run.width,
-        depth=run.depth, dropout=pieces.dropout, seed=run.seed, **given)
+        depth=run.depth, dropout=pieces.dropout, norm=pieces.norm, seed=run.seed, **given)
     dls = loaders_of(run, data, device, model)
     loss_func = pieces.loss_func or CrossEntropyLossFlat()
     model = model.to(dls.device, memory_format=torch.channels_last)

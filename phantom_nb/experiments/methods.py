@@ -9,8 +9,9 @@ __all__ = ['ENERGY', 'LOSS', 'LAZY', 'METHODS', 'SMALL', 'LR', 'Pieces', 'Method
 # %% ../../nbs/experiments/methods.ipynb #0efb5931
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
-from ..checks import one_of, whole
+from ..checks import number, one_of, whole
 
 # %% ../../nbs/experiments/methods.ipynb #83195c46
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Pieces:
     wd:float = 0. # weight decay, >= 0
     decouple:bool = True # weight decay apart from the gradient (AdamW); False: added to the gradient (L2)
     dropout:float = 0. # probability before the classifier, in [0,1)
+    norm:str = 'batch' # normalization: one of `phantom_nb.models.NORMS`
 
 # %% ../../nbs/experiments/methods.ipynb #c3e7d52a
 @dataclass(frozen=True)
@@ -57,9 +59,13 @@ def _phantom(**settings):
     from phantom_nb.regularizers.phantom import PhantomEmbeddings
     return Pieces(cbs=(PhantomEmbeddings(**settings),))
 
-def _targeted_sparsity(**settings):
+def _in_half(lam, half, progress): return lam*((progress<.5)==(half=='first'))
+
+def _targeted_sparsity(lam, during='all', **settings):
     from phantom_nb.regularizers.sparsity import TargetedSparsity
-    return Pieces(cbs=(TargetedSparsity(**settings),))
+    if one_of('during', during, ('all','first','second'))!='all':
+        lam = partial(_in_half, number('lam', lam, at_least=0), during) # in one half of training only
+    return Pieces(cbs=(TargetedSparsity(lam, **settings),))
 
 # %% ../../nbs/experiments/methods.ipynb #cd4a3000
 ENERGY = dict(lam=(.01, 100., 'log'))
@@ -99,7 +105,8 @@ METHODS = dict( # chkstyle: ignore-node
     phantom_separate=Method("classes' phantoms away from one another (Arif et al. 2023; form ours)",
         dict(lam=.3, k=None), lambda **kw: _phantom(mode='separate', **kw), LOSS, LAZY),
     targeted_sparsity=Method("dense activations in chosen layers (Huesmann et al. 2020)",
-        dict(lam=1., layers='auto', over='samples'), _targeted_sparsity, LOSS, LAZY))
+        dict(lam=1., layers='auto', over='samples'), _targeted_sparsity, LOSS,
+        dict(every=1, correlation=0., target=0., rechoose=5, during='all')))
 
 # %% ../../nbs/experiments/methods.ipynb #001fe338
 def _callback(module, name, **given):
@@ -113,6 +120,10 @@ def _callback(module, name, **given):
 def _cutmix(alpha):
     from fastai.callback.mixup import CutMix
     return Pieces(cbs=(CutMix(alpha),))
+
+def _norm(kind):
+    from phantom_nb.models import NORMS
+    return Pieces(norm=one_of('kind', kind, NORMS))
 
 def _augment(name):
     def make(**settings):
@@ -161,6 +172,10 @@ METHODS |= dict( # chkstyle: ignore-node
         _augment('TrivialAugmentWide'), options={}),
     stochastic_depth=_rival("residual branches left out at random (Huang et al. 2016; torchvision)", dict(p=.2),
         _callback('experiments.libraries', 'StochasticDepth'), dict(p=(.05, .5, 'linear')), {}),
+    spatial_dropout=_rival("whole maps dropped behind every activation (Tompson et al. 2015; PyTorch)", dict(p=.1),
+        _callback('experiments.libraries', 'SpatialDropout'), dict(p=(.02, .4, 'log')), {}),
+    norm=_rival("another normalization in place of batch norm (Wu and He 2018; Ba et al. 2016)", dict(kind='group'),
+        _norm, options={}),
     ema=_rival("average of the last weights (Polyak 1992; PyTorch)", dict(decay=.98),
         _callback('experiments.libraries', 'EMA'), options={}))
 
@@ -227,7 +242,7 @@ def join_pieces(
     plain = Pieces()
     joined = dict(cbs=tuple(cb for p in pieces.values() for cb in p.cbs))
     _refuse_two_mixers(pieces)
-    for name in ('loss_func','wd','decouple','dropout'):
+    for name in ('loss_func','wd','decouple','dropout','norm'):
         given = {part:getattr(p, name) for part,p in pieces.items() if getattr(p, name)!=getattr(plain, name)}
         if len(given)>1: raise ValueError(f"{' and '.join(given)} both set {name}: choose one")
         if given: joined[name] = next(iter(given.values()))
