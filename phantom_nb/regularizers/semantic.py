@@ -40,14 +40,13 @@ def isda_logits(
 # %% ../../nbs/regularizers/semantic.ipynb #1838482b
 def _batch_moments(z, y, n_classes, diagonal):
     "Count, mean and covariance of each class in a batch"
-    count = torch.bincount(y, minlength=n_classes).to(z)
-    total = z.new_zeros(n_classes, z.shape[1]).index_add(0, y, z)
-    mean = total/count.clamp_min(1)[:,None]
+    member = (y==torch.arange(n_classes, device=y.device)[:,None]).to(z) # (C,B); `bincount` would wait for the GPU
+    count = member.sum(1)
+    share = member/count.clamp_min(1)[:,None]
+    mean = share@z
     centred = z-mean[y]
-    if diagonal: return count, mean, torch.zeros_like(mean).index_add(0, y, centred.square())/count.clamp_min(1)[:,None]
-    cov = z.new_zeros(n_classes, z.shape[1], z.shape[1])
-    for c in y.unique().tolist(): cov[c] = centred[y==c].T@centred[y==c]/count[c]
-    return count, mean, cov
+    if diagonal: return count, mean, share@centred.square()
+    return count, mean, (share[:,:,None]*centred).mT@centred
 
 def merge_moments(
     moments:tuple|None, # counts (C,), means (C,D), covariances (C,D,D) or (C,D); None for nothing yet
