@@ -69,9 +69,9 @@ def test_training_moves_only_with_the_training_data(tmp_path):
     def shuffled(*args, **kwargs):
         data = original(*args, **kwargs)
         return replace(data, y_test=data.y_test.flip(0))
-    original,learner.load_dataset = learner.load_dataset,shuffled
+    original,learner.load_data = learner.load_data,shuffled
     try: b = run_one(QUICK, tmp_path/'b', threads=1)
-    finally: learner.load_dataset = original
+    finally: learner.load_data = original
     assert a['train_loss']==b['train_loss'] and a['accuracy']!=b['accuracy']
 
 def test_evaluate_against_by_hand():

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'REMEDY_FILE', 'REMEDY_DATA', 'schedule_of', 'Bfloat16', 'product_types', 'NoValidation',
-           'StopAtLoss', 'FreezeFirst', 'load_data', 'hold_out', 'loaders_of', 'make_learner', 'optimizer_of',
-           'callbacks_of', 'ScaledSchedule', 'step_seconds', 'faster_precision', 'evaluate', 'judge', 'measure_learner',
-           'commit', 'provenance', 'open_learner', 'outputs_for', 'loaders_for']
+           'StopAtNaN', 'StopAtLoss', 'FreezeFirst', 'load_data', 'hold_out', 'loaders_of', 'make_learner',
+           'optimizer_of', 'callbacks_of', 'ScaledSchedule', 'step_seconds', 'faster_precision', 'evaluate', 'judge',
+           'measure_learner', 'commit', 'provenance', 'open_learner', 'outputs_for', 'loaders_for']
 
 # %% ../../nbs/experiments/learner.ipynb #136af0cb
-import math, platform, statistics, subprocess, time, warnings
+import math, os, platform, statistics, subprocess, time, warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -17,19 +17,19 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import fastai, torch
-from fastai.basics import Adam, Callback, CancelFitException, CancelValidException, Learner, SGD
-from fastai.basics import even_mults, load_learner, noop, params, risinstance
+from fastai.basics import Callback, CancelFitException, CancelValidException, Learner, Recorder
+from fastai.basics import default_device, even_mults, load_learner, noop, params, risinstance
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos, combined_cos
-from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 from torch.nn import functional as F
 
 import phantom_nb
 from ..core import Regularizer, TrainingCallback
-from ..data import ImageData, ImageLoaders, get_dls, load_dataset
+from ..data import ImageData, ImageLoaders, get_dls, is_folder, load_dataset
 from .methods import Pieces, make_method
+from .optimizer import fused_adam, fused_sgd
 from .run import Run, step_points
 from ..measures.embeddings import embedding_metrics, watch_head
 from ..models import create_model
@@ -38,7 +38,7 @@ from ..pretrained import param_groups
 # %% ../../nbs/experiments/learner.ipynb #bdd3848a
 SCHEDULES = dict(one_cycle=combined_cos(.25, 1/25, 1, 1e-5), flat_cos=combined_cos(.75, 1, 1, 1e-5),
     cosine=SchedCos(1, 0), constant=None)
-OPTIMIZERS = dict(adam=Adam, sgd=SGD)
+OPTIMIZERS = dict(adam=fused_adam, sgd=fused_sgd)
 
 def schedule_of(
     name:str # one of `SCHEDULES`, or steps as `step_points` reads them
@@ -88,6 +88,12 @@ class NoValidation(Callback):
     "Leave out the pass over the validation images after every epoch (ours)."
     def before_validate(self): raise CancelValidException()
 
+class StopAtNaN(Callback):
+    "End training after an epoch whose last loss is not finite (ours)."
+    order = 60
+    def after_epoch(self):
+        if self.loss is not None and not self.loss.isfinite().all(): raise CancelFitException()
+
 class StopAtLoss(Callback):
     "End training after an epoch whose mean training loss is small enough (Jiang et al. 2020)."
     order = 70
@@ -118,13 +124,18 @@ class FreezeFirst(Callback):
         else: self.learn.unfreeze()
 
 # %% ../../nbs/experiments/learner.ipynb #62a929a0
+@lru_cache(maxsize=1)
+def _known_data(name, root, size, place):
+    "A data set by name, kept for the next run of this process"
+    return load_dataset(name, root, size=size)
+
 def load_data(
     run:Run, # what to train
     root:str|Path|None=None # folder to look for the data first
 )->ImageData: # the images and their labels
     "Load the data set or the folder of images of a run, one part held out as test images if it cross-validates (ours)."
-    sized = {} if run.size is None else dict(size=run.size)
-    data = load_dataset(run.data, root, **sized)
+    if is_folder(run.data): data = load_dataset(run.data, root, size=run.size)
+    else: data = _known_data(run.data, root, run.size, os.environ.get('PHANTOM_NB_DATA'))
     return hold_out(data, run.folds, run.seed) if run.folds else data
 
 def hold_out(
@@ -153,6 +164,9 @@ def loaders_of(
     told = {k:v for k,v in told.items() if v!=Run.__dataclass_fields__[k].default}
     if getattr(model, 'data_config', None): told['stats'] = model.data_config
     if run.per_class is None: told['n_train'] = run.n_train
+    device = torch.device(device or default_device())
+    if device.type=='cuda': # judged a million pixels at a time
+        told['val_bs'] = max(2*run.bs, 2**20//data.x_train[0,0].numel())
     return get_dls(data, n_valid=run.n_valid, bs=run.bs, seed=run.seed, augment=run.augment, device=device,
         channels_last=True, **told)
 
@@ -178,7 +192,7 @@ def make_learner(
     if run.compile: learn.model.compile()
     learn.logger = noop
     learn.create_mbar = False
-    return learn.remove_cbs(learn.cbs.filter(risinstance(ProgressCallback)))
+    return learn.remove_cbs(learn.cbs.filter(risinstance((ProgressCallback, Recorder))))
 
 # %% ../../nbs/experiments/learner.ipynb #aacc7bad
 def optimizer_of(
@@ -193,7 +207,7 @@ def callbacks_of(
     model:nn.Module # the network
 )->list: # callbacks that every method shares
     "Make what a run needs beside its method (ours)."
-    cbs = [TerminateOnNaNCallback(), NoValidation()]
+    cbs = [StopAtNaN(), NoValidation()]
     if run.precision=='bf16': cbs.append(Bfloat16())
     if run.stop_loss: cbs.append(StopAtLoss(run.stop_loss))
     if run.frozen: cbs.append(FreezeFirst(run.frozen))
@@ -252,13 +266,15 @@ def evaluate(
 )->dict: # accuracy in [0,1] and mean cross-entropy (nats), not finite if the weights are not; empty without images
     "Measure a classifier in evaluation mode (accuracy and cross-entropy)."
     model.eval()
-    n,hits,loss = 0,0.,0.
+    n,hits,losses = 0,[],[]
     for x,y in dl:
         logits = model(x).float()
         n += len(y)
-        hits += (logits.argmax(1)==y).sum().item()
-        loss += F.cross_entropy(logits, y, reduction='sum').item()
-    return dict(accuracy=hits/n, loss=loss/n) if n else {}
+        hits.append((logits.argmax(1)==y).sum())
+        losses.append(F.cross_entropy(logits, y, reduction='sum'))
+    if not n: return {}
+    hits,loss = (sum(torch.stack(values).tolist()) for values in (hits, losses)) # fetched from the device once
+    return dict(accuracy=hits/n, loss=loss/n)
 
 # %% ../../nbs/experiments/learner.ipynb #0a423284
 def judge(
@@ -277,10 +293,11 @@ def measure_learner(
 )->dict: # metrics of the result's row: bare names for test images, valid_ and train_ before the others
     "Collect what a row says of a trained network (ours)."
     dls = learn.dls
+    train = dls.train.new(shuffle=False, augment=None, bs=dls.test.bs)
     found = dict(params=sum(p.numel() for p in learn.model.parameters()))
     if run.n_valid: found |= {'valid_'+k:v for k,v in judge(learn, dls.valid).items()}
     if run.test or not run.n_valid: found |= judge(learn, dls.test)
-    found |= {'train_'+k:v for k,v in evaluate(learn.model, dls.train.new(shuffle=False, augment=None)).items()}
+    found |= {'train_'+k:v for k,v in evaluate(learn.model, train).items()}
     for cb in learn.cbs.filter(risinstance(Regularizer)):
         record = cb.to_frame()
         if len(record): found |= dict(penalty=float(record.penalty.iloc[-1]), share=float(record.share.mean()))

@@ -9,7 +9,7 @@ __all__ = ['MEASURES', 'BY_LAYER', 'TRACES', 'compact', 'fit_traced']
 import math
 
 import pandas as pd
-from fastai.basics import Learner, accuracy
+from fastai.basics import Learner, Recorder, accuracy
 
 from .learner import NoValidation
 from .run import Run
@@ -51,6 +51,7 @@ def fit_traced(
     if not run.n_valid: raise ValueError(f"n_valid={run.n_valid}: a traced run needs validation images, give >= 10")
     monitor = SparsityMonitor()
     learn.remove_cb(NoValidation)
+    learn.add_cb(Recorder())
     learn.metrics = accuracy
     learn.fit(run.epochs, cbs=monitor)
     accuracies = [values[-1] for values in learn.recorder.values]
