@@ -297,7 +297,8 @@ def measure_learner(
     found = dict(params=sum(p.numel() for p in learn.model.parameters()))
     if run.n_valid: found |= {'valid_'+k:v for k,v in judge(learn, dls.valid).items()}
     if run.test or not run.n_valid: found |= judge(learn, dls.test)
-    found |= {'train_'+k:v for k,v in evaluate(learn.model, train).items()}
+    seen = judge(learn, train)
+    found |= {'train_'+k:v for k,v in seen.items() if k not in ('margins','confusion')} # rows stay small
     for cb in learn.cbs.filter(risinstance(Regularizer)):
         record = cb.to_frame()
         if len(record): found |= dict(penalty=float(record.penalty.iloc[-1]), share=float(record.share.mean()))
