@@ -8,7 +8,7 @@ from torch import nn
 
 from phantom_nb.data import get_dls
 from phantom_nb.measures.embeddings import (apply_head, as_embeddings, class_means, directions, embedding_metrics, embeddings_of, find_head,
-    interclass_similarity, nearest_class_similarity, watch_head, within_class_share)
+    class_margins, interclass_similarity, lookalike_margin, lookalike_pairs, nearest_class_similarity, watch_head, within_class_share)
 from phantom_nb.models import MODELS, create_model
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=14)
@@ -142,6 +142,29 @@ def test_classes_that_are_left_out_and_empty_batches():
         with pytest.raises(ValueError, match='one row a sample'): f(torch.ones(3), torch.arange(3))
         with pytest.raises(ValueError, match='float32'): f(torch.ones(3, 2), torch.ones(3))
 
+@settings(max_examples=40, deadline=None)
+@given(LABELS)
+def test_margins_are_the_loops(labels):
+    z,y = batch(labels)
+    cos = lambda a, b: (a@b/(a.norm()*b.norm())).item()
+    means = {c:z[y==c].mean(0) for c in set(labels)}
+    def margin(c, other): return sum(cos(v, means[c])-cos(v, means[other]) for v in z[y==c])/(y==c).sum().item()
+    m = class_margins(z, y, 6)
+    assert m.shape==(6,6) and all(abs(m[c,d].item()-(margin(c, d) if c in means and d in means else 0.))<1e-9 for c in range(6) for d in range(6))
+    ranked = sorted(((cos(means[a], means[b]),a,b) for a in means for b in means if a<b), reverse=True)
+    chosen = ranked[:-(-len(ranked)//10)]
+    expected = [margin(a, b) for _,a,b in chosen]+[margin(b, a) for _,a,b in chosen]
+    assert lookalike_pairs(z, y).sum().item()==len(expected) and abs(lookalike_margin(z, y).item()-sum(expected)/max(1, len(expected)))<1e-9
+
+def test_pairs_that_are_given_are_those_that_are_measured():
+    z,y = batch([0,0,1,1,2,2])
+    pairs = torch.zeros(3, 3, dtype=torch.bool)
+    pairs[0,1] = pairs[1,0] = True
+    m = class_margins(z, y)
+    assert abs(lookalike_margin(z, y, pairs).item()-((m[0,1]+m[1,0])/2).item())<1e-12
+    assert lookalike_pairs(z, y, 1.).sum()==6
+    with pytest.raises(ValueError, match='share=0'): lookalike_pairs(z, y, 0)
+
 def test_measures_at_their_extremes():
     y = torch.arange(12)%3
     corners = torch.eye(3)[y]
@@ -153,4 +176,4 @@ def test_measures_at_their_extremes():
     assert abs(within_class_share(torch.tensor([[1.,0.],[0.,1.]]*2), torch.tensor([0,0,1,1]))-1)<1e-6
     assert interclass_similarity(torch.ones(3, 2), torch.zeros(3, dtype=torch.long))==0
     m = embedding_metrics(corners, corners.roll(1, 0), y)
-    assert m['confusion']==[[0,0,4],[4,0,0],[0,4,0]] and embedding_metrics(corners, torch.ones(12, 21), y).keys()=={'similarity','nearest','within'}
+    assert m['confusion']==[[0,0,4],[4,0,0],[0,4,0]] and embedding_metrics(corners, torch.ones(12, 21), y).keys()=={'similarity','nearest','within','margin'}

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['n_outputs', 'is_pointwise', 'find_head', 'as_embeddings', 'apply_head', 'watch_head', 'embeddings_of', 'check_batch',
            'directions', 'masked_mean', 'class_means', 'pair_cosines', 'interclass_similarity',
-           'nearest_class_similarity', 'within_class_share', 'embedding_metrics']
+           'nearest_class_similarity', 'within_class_share', 'class_margins', 'lookalike_pairs', 'lookalike_margin',
+           'embedding_metrics']
 
 # %% ../../nbs/measures/embeddings.ipynb #1ff661c4
+import math
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..checks import number
 from ..core import matches, select_layers
 from ..hooks import catch, evaluating, unwrap
 
@@ -226,15 +229,53 @@ def within_class_share(
     means,_ = class_means(u, y)
     return (u-means[y]).square().sum()/(u-u.mean(0)).square().sum().clamp_min(1e-12)
 
+# %% ../../nbs/measures/embeddings.ipynb #3df9dc78
+def class_margins(
+    z:Tensor, # (N,D) embeddings
+    y:Tensor, # (N,) classes; negative ones are left out
+    n_classes:int|None=None # C; None for the highest class + 1
+)->Tensor: # (C,C) in [-2,2]: of class c (row) against class c' (column); 0 on the diagonal and for classes not present
+    "Compute how much closer the samples of each class are to their own mean than to every other (equation 5; ours)."
+    means,present = class_means(z, y, n_classes)
+    mean_directions,_ = class_means(directions(check_batch(z, y)[0]), y, n_classes)
+    cosines = mean_directions@directions(means).T
+    return (cosines.diagonal()[:,None]-cosines)*(present[:,None] & present)
+
+def lookalike_pairs(
+    z:Tensor, # (N,D) embeddings
+    y:Tensor, # (N,) classes; negative ones are left out
+    share:float=.1 # of all pairs of classes, in (0,1]; rounded up to whole pairs
+)->Tensor: # (C,C) bool, symmetric; ties are all in, and none with fewer than two classes
+    "Choose the pairs of classes whose means have the highest cosines (ours)."
+    number('share', share, above=0, at_most=1)
+    cosines,pairs = pair_cosines(*class_means(z, y))
+    found = cosines[pairs.triu()]
+    if not len(found): return pairs
+    least = found.topk(math.ceil(share*len(found)-1e-9)).values[-1]
+    return pairs & ((cosines+cosines.T)/2>=least-1e-6)
+
+def lookalike_margin(
+    z:Tensor, # (N,D) embeddings
+    y:Tensor, # (N,) classes; negative ones are left out
+    pairs:Tensor|None=None # (C,C) bool, symmetric: which pairs look alike; None for `lookalike_pairs`
+)->Tensor: # scalar in [-2,2]; 0 for fewer than two classes
+    "Average the margins of the classes that look alike (equation 6; ours)."
+    return masked_mean(class_margins(z, y), lookalike_pairs(z, y) if pairs is None else pairs)
+
 # %% ../../nbs/measures/embeddings.ipynb #6445e320
 def embedding_metrics(
     z:Tensor, # (N,D) embeddings
     logits:Tensor, # (N,C) what the head made of them
     y:Tensor # (N,) classes
-)->dict: # `similarity`, `nearest`, `within`, and for at most 20 classes `confusion`, counts by [class][prediction]
-    "Measure how a network's embeddings lie, as numbers to record (equations 1, 3 and 4)."
-    metrics = dict(similarity=interclass_similarity(z, y).item(), nearest=nearest_class_similarity(z, y).item(),
-        within=within_class_share(z, y).item())
+)->dict: # `similarity`, `nearest`, `within`, `margin`; for at most 20 classes `margins` by [class][other class] and
+         # `confusion`, counts by [class][prediction]
+    "Measure how a network's embeddings lie, as numbers to record (equations 1, 3, 4, 5 and 6)."
+    measures = dict(similarity=interclass_similarity, nearest=nearest_class_similarity, within=within_class_share,
+        margin=lookalike_margin)
+    metrics = {name:measure(z, y).item() for name,measure in measures.items()}
     n = logits.shape[1]
-    if n<=20: metrics['confusion'] = torch.bincount(y*n+logits.argmax(1), minlength=n*n).view(n, n).tolist()
+    if n>20: return metrics
+    margins = class_margins(z, y, n).tolist()
+    metrics['margins'] = [[round(value, 4) for value in row] for row in margins]
+    metrics['confusion'] = torch.bincount(y*n+logits.argmax(1), minlength=n*n).view(n, n).tolist()
     return metrics
