@@ -1,6 +1,7 @@
 "Any folder of images: layouts, odd files, sizes, memory; long tails, wrong labels; augmentation by fastai, seeded."
-import os, pickle, warnings
+import os, pickle, threading, time, warnings
 os.environ.setdefault('MPLBACKEND', 'agg')
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -365,3 +366,20 @@ def test_channels_last_survives_transforms():
     assert b.is_contiguous(memory_format=torch.channels_last)
     learn_in = ImageDL(ImageSet(x, y, data), 8, True, augment=make_augment('full', (3,16,16)))
     assert len(list(learn_in)) == 3
+
+def test_threads_that_start_at_once_decode_once(tmp_path, monkeypatch):
+    "All find the cache empty; one decodes, the others wait for it"
+    fill(tmp_path, 4)
+    files,seen,gate = sorted(tmp_path.glob('*.png')),[],threading.Barrier(3)
+    def slow(path, *args):
+        seen.append(path)
+        time.sleep(.02)
+        return read_image(path, *args)
+    monkeypatch.setattr(images, 'read_image', slow)
+    class Gate(images.FileLock):
+        def __enter__(self):
+            gate.wait(20)
+            return super().__enter__()
+    monkeypatch.setattr(images, 'FileLock', Gate)
+    with ThreadPoolExecutor(3) as pool: found = list(pool.map(lambda _: images.cached_images(files, 3, 8), range(3)))
+    assert len(seen) == 4+1 and all(torch.equal(x, found[0]) for x in found) # one more for the shape

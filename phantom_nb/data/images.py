@@ -15,8 +15,10 @@ import torchvision.transforms.v2.functional as TVF
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fastcore.xdg import xdg_cache_home
+from filelock import FileLock
 from pathlib import Path
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -132,8 +134,12 @@ def cached_images(
 )->Tensor: # (N,C,H,W) uint8
     "Decode image files, or take them from the cache if none has changed (joblib)."
     if not len(files): return torch.zeros(0, channels, size or 0, size or 0, dtype=torch.uint8)
-    decode = _cache().cache(decode_images, ignore=['files'])
-    return torch.from_numpy(decode([str(f) for f in files], channels, size, file_stamp(files)))
+    memory = _cache()
+    decode = memory.cache(decode_images, ignore=['files'])
+    told = [str(f) for f in files], channels, size, file_stamp(files)
+    there = not memory.location or decode.check_call_in_cache(*told)
+    with nullcontext() if there else FileLock(Path(memory.location)/'decoding.lock'): # one decodes, others wait for it
+        return torch.from_numpy(decode(*told))
 
 # %% ../../nbs/data/images.ipynb #fd52476a
 def channel_stats(
