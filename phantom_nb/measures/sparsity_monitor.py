@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['overfit_onset', 'sparsity_alarm', 'loss_alarm', 'judge_alarm', 'heat_map', 'loss_curves', 'plot_record',
-           'plot_layer_curves', 'SparsityMonitor']
+           'plot_layer_curves', 'SparsityRecord', 'SparsityMonitor']
 
 # %% ../../nbs/measures/sparsity_monitor.ipynb #0d01a181
 import math
@@ -137,8 +137,81 @@ def plot_layer_curves(
     fig.legend(*axs[0,0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     return axs
 
+# %% ../../nbs/measures/sparsity_monitor.ipynb #408397e5
+def _mean_loss(batches):
+    "Mean over images of (loss, images) a batch; NaN without batches"
+    if not batches: return math.nan
+    loss,n = zip(*batches)
+    return np.average(torch.stack(loss).tolist(), weights=n)
+
+class SparsityRecord:
+    "Keep what a monitor has measured, epoch by epoch: tabulate it, judge it, draw it (Huesmann 2021)."
+    over,rise,window = 'samples',.01,3 # measure of pictures and alarm; the alarm's rise and epochs
+
+    def begin(self):
+        "Start an empty record."
+        self.rows = [] # a dict an epoch, split and layer
+        self.losses = [] # a dict an epoch
+        self._shown = None
+
+    def to_frame(self)->pd.DataFrame: # epoch, split, layer, and the measures of `measure_sparsity`
+        "Tabulate what was measured."
+        return pd.DataFrame(self.rows)
+
+    def mean_over_layers(self,
+        over:str|None=None, # measure; None for the monitor's
+        split:str='train' # 'train' or 'valid'
+    )->np.ndarray: # (epochs,), NaN where nothing was seen
+        "Average a measure over layers, epoch by epoch."
+        df,n = self.to_frame(),len(self.losses)
+        if not len(df): return np.full(n, np.nan)
+        return df[df.split==split].groupby('epoch')[over or self.over].mean().reindex(range(n)).to_numpy()
+
+    def warning(self)->dict: # epoch of the alarm, onset, lead (epochs, negative: late), judgement; None for none
+        "Say when the alarm sounded, when over-fitting began, and how `judge_alarm` calls that."
+        alarm = sparsity_alarm(self.mean_over_layers(), self.rise, self.window)
+        loss = [row['valid_loss'] for row in self.losses]
+        onset = overfit_onset(loss) if loss else None
+        lead = None if alarm is None or onset is None else onset-alarm
+        judgement = judge_alarm(alarm, onset) if np.isfinite(loss).any() else None # without validation nobody knows
+        return dict(epoch=alarm, onset=onset, lead=lead, judgement=judgement)
+
+    def plot(self,
+        over:str|None=None, # measure to draw; None for the monitor's
+        axs:Sequence|None=None # two matplotlib axes, made if None
+    )->list: # the two axes
+        "Draw layers by epochs over the loss curves, with the alarm and the onset of over-fitting."
+        self._check_rows()
+        if axs is None: axs = plt.subplots(2, 1, figsize=(8,5), sharex=True, layout='constrained')[1]
+        plot_record(self, over or self.over, axs)
+        return list(axs)
+
+    def plot_layers(self,
+        over:str|None=None, # measure to draw: units, samples, positions, correlation or dead; None for the monitor's
+        ncols:int=5 # panels in a row, at most
+    )->np.ndarray: # (rows, ncols) matplotlib axes
+        "Draw a measure of every layer over epochs."
+        self._check_rows()
+        return plot_layer_curves(self.to_frame(), over or self.over, ncols)
+
+    def redraw(self,
+        live:bool=False, # in the notebook, in place of the last picture
+        file:str|None=None # in this file
+    ):
+        "Draw the record so far where it is asked for."
+        if not self.rows or not (live or file): return
+        from IPython.display import display # only a live picture needs it
+        figure = self.plot()[0].figure
+        if file: figure.savefig(file, dpi=100)
+        if live and self._shown: self._shown.update(figure)
+        elif live: self._shown = display(figure, display_id=True)
+        plt.close(figure)
+
+    def _check_rows(self):
+        if not self.rows: raise ValueError("SparsityMonitor has nothing to plot yet: fit first, or call end_epoch")
+
 # %% ../../nbs/measures/sparsity_monitor.ipynb #0d872cff
-class SparsityMonitor(TrainingCallback):
+class SparsityMonitor(SparsityRecord, TrainingCallback):
     "Record every layer's sparsity, correlation and dead filters each epoch, in fastai or any loop (Huesmann 2021)."
     order = 60
 
@@ -146,8 +219,8 @@ class SparsityMonitor(TrainingCallback):
         layers:type|str|Callable|list|None=None, # see `select_layers`; None for all activations, modules and functions
         act:Callable|None=None, # function of what the layers put out, for activations that are written by hand
         channel_dim:int|None=None, # 1 or -1; None to go by the layers
-        share:float=.05, # part of the batches that is watched, in (0,1]
-        images:int=16, # of a watched batch that are measured, >= 2; for `positions` a sixteenth of them
+        share:float=.15, # part of the batches that is watched, in (0,1]; at least one of each kind is
+        images:int=64, # of a watched batch that are measured, >= 2; for `positions` a sixteenth of them
         over:str='samples', # measure of pictures and alarm: 'units', 'samples', 'positions'
         rise:float=.01, # of the alarm, see `sparsity_alarm`, >= 0
         window:int=3, # of the alarm, epochs, >= 1
@@ -161,19 +234,20 @@ class SparsityMonitor(TrainingCallback):
         one_of('over', over, OVER)
         store_attr()
         self._hooks = None
-        self._begin()
+        self.begin()
 
-    def _begin(self):
-        "Start an empty record"
-        self.rows = [] # a dict an epoch, split and layer
-        self.losses = [] # a dict an epoch
+    def begin(self):
+        "Start an empty record."
+        super().begin()
         self._meters = {} # split -> name of a layer -> meter, of this epoch
-        # in a dict, since fastai looks up every attribute that is set, slowly
-        self._now = dict(split='train', take=False)
+        self._now = dict(split='train', take=False) # a dict: fastai looks up every attribute that is set, slowly
         self._on = False
-        self._shown = None
 
-    def _choose(self, model):
+    # What is seen
+    def choose(self,
+        model:nn.Module # network to watch
+    ):
+        "Find the activations of a network."
         self.watched = ActivationWatch(model, self.layers, self.channel_dim)
         self.compiled = is_compiled(model)
 
@@ -200,7 +274,9 @@ class SparsityMonitor(TrainingCallback):
         if name not in meters: meters[name] = SparsityMeter(dim)
         meters[name].add(a if self.act is None else self.act(a), maps=-(-self.images//16))
 
-    # What an epoch leaves
+    def _check_seen(self):
+        if not self._meters: raise self.watched.nothing_seen()
+
     def end_epoch(self,
         train_loss:float=math.nan, # mean training loss of the epoch
         valid_loss:float=math.nan # mean validation loss, if there is one
@@ -213,41 +289,19 @@ class SparsityMonitor(TrainingCallback):
         self.losses.append(dict(epoch=epoch, train_loss=float(train_loss), valid_loss=float(valid_loss)))
         self._meters = {}
         if self._hooks: self.open() # in a loop of your own, hooks that turned out to be useless are left behind
-        if self.live or self.file: self._draw()
-
-    def to_frame(self)->pd.DataFrame: # epoch, split, layer, and the measures of `measure_sparsity`
-        "Tabulate what was measured."
-        return pd.DataFrame(self.rows)
-
-    def mean_over_layers(self,
-        over:str|None=None, # measure; None for the monitor's
-        split:str='train' # 'train' or 'valid'
-    )->np.ndarray: # (epochs,), NaN where nothing was seen
-        "Average a measure over layers, epoch by epoch."
-        df,n = self.to_frame(),len(self.losses)
-        if not len(df): return np.full(n, np.nan)
-        return df[df.split==split].groupby('epoch')[over or self.over].mean().reindex(range(n)).to_numpy()
-
-    def warning(self)->dict: # epoch of the alarm, onset, lead (epochs, negative: late), judgement; None for none
-        "Say when the alarm sounded, when over-fitting began, and how `judge_alarm` calls that."
-        alarm = sparsity_alarm(self.mean_over_layers(), self.rise, self.window)
-        loss = [row['valid_loss'] for row in self.losses]
-        onset = overfit_onset(loss) if loss else None
-        lead = None if alarm is None or onset is None else onset-alarm
-        judgement = judge_alarm(alarm, onset) if np.isfinite(loss).any() else None # without validation nobody knows
-        return dict(epoch=alarm, onset=onset, lead=lead, judgement=judgement)
+        self.redraw(self.live, self.file)
 
     # In fastai
     def before_fit(self):
         self._on = False # nothing is recorded before the first training batches, for `validate` comes here too
         self._sums = {} # split -> (loss, images) of every batch of this epoch
         self._new = not hasattr(self.learn, 'skip_to_epoch')
-        self._choose(self.model)
+        self.choose(self.model)
 
     def before_train(self):
         super().before_train()
         finding = hasattr(self.learn, 'lr_finder')
-        if self._new and not finding: self._begin()
+        if self._new and not finding: self.begin()
         self._on = not finding
         self._new = False
 
@@ -267,8 +321,7 @@ class SparsityMonitor(TrainingCallback):
         self._sums.setdefault(self._now['split'], []).append(batch)
         if self._now['take'] and self.compiled: self._pass_again()
 
-    def _pass_again(self):
-        "Pass the batch of a compiled network once more, eagerly"
+    def _pass_again(self): # of a batch of a compiled network, eagerly
         self.open()
         try:
             with evaluating(self.model) as network: network(*self.xb)
@@ -277,14 +330,8 @@ class SparsityMonitor(TrainingCallback):
 
     def after_epoch(self):
         # an epoch that a resumed fit passes over has no sums, and leaves no row
-        if self._on and self._sums: self.end_epoch(self._mean_loss('train'), self._mean_loss('valid'))
+        if self._on and self._sums: self.end_epoch(*(_mean_loss(self._sums.get(split)) for split in ('train','valid')))
         self._sums = {}
-
-    def _mean_loss(self, split):
-        "Mean over images of what the batches left"
-        if not self._sums.get(split): return math.nan
-        loss,n = zip(*self._sums[split])
-        return np.average(torch.stack(loss).tolist(), weights=n)
 
     def after_fit(self): self._on = False
 
@@ -294,8 +341,8 @@ class SparsityMonitor(TrainingCallback):
         model:nn.Module # network that is trained inside
     ): # yields the monitor
         "Watch `model` until leaving; call `end_epoch` after every epoch. A `ValueError` for a compiled model."
-        self._begin()
-        self._choose(model)
+        self.begin()
+        self.choose(model)
         if self.compiled:
             raise ValueError("the model is compiled and calls no hooks: watch it before compiling, or call "
                 "measure_sparsity after every epoch")
@@ -310,39 +357,3 @@ class SparsityMonitor(TrainingCallback):
         finally:
             self.close()
             handle.remove()
-
-    # Pictures
-    def plot(self,
-        over:str|None=None, # measure to draw; None for the monitor's
-        axs:Sequence|None=None # two matplotlib axes, made if None
-    )->list: # the two axes
-        "Draw layers by epochs over the loss curves, with the alarm and the onset of over-fitting."
-        self._check_rows()
-        if axs is None: axs = plt.subplots(2, 1, figsize=(8,5), sharex=True, layout='constrained')[1]
-        plot_record(self, over or self.over, axs)
-        return list(axs)
-
-    def plot_layers(self,
-        over:str|None=None, # measure to draw: units, samples, positions, correlation or dead; None for the monitor's
-        ncols:int=5 # panels in a row, at most
-    )->np.ndarray: # (rows, ncols) matplotlib axes
-        "Draw a measure of every layer over epochs."
-        self._check_rows()
-        return plot_layer_curves(self.to_frame(), over or self.over, ncols)
-
-    def _check_seen(self):
-        if not self._meters: raise self.watched.nothing_seen()
-
-    def _check_rows(self):
-        if not self.rows: raise ValueError("SparsityMonitor has nothing to plot yet: fit first, or call end_epoch")
-
-    def _draw(self):
-        "Redraw the picture in the notebook, in the file, or both"
-        from IPython.display import display # only a live picture needs it
-        fig,axs = plt.subplots(2, 1, figsize=(8,5), sharex=True, layout='constrained')
-        try:
-            if self.rows: self.plot(axs=axs)
-            if self.file: fig.savefig(self.file, dpi=100)
-            if self.live and self._shown: self._shown.update(fig)
-            elif self.live: self._shown = display(fig, display_id=True)
-        finally: plt.close(fig)
