@@ -52,21 +52,21 @@ def test_trials_never_evaluate_the_test_images(tmp_path, monkeypatch):
         data = original(*args, **kwargs)
         return replace(data, x_test=data.x_test[:0], y_test=data.y_test[:0])
     original = learner.load_dataset
-    whole = tune_one(QUICK, tmp_path/'a', trials=2, n_valid=100)
+    whole = tune_one(QUICK, tmp_path/'a', trials=2, n_valid=100, seeds=1)
     monkeypatch.setattr(learner, 'load_dataset', broken)
-    df = tune_one(QUICK, tmp_path/'b', trials=2, n_valid=100)
+    df = tune_one(QUICK, tmp_path/'b', trials=2, n_valid=100, seeds=1)
     assert df.valid_accuracy.tolist()==whole.valid_accuracy.tolist() and not {'accuracy','loss'} & (set(df)|set(whole))
 
 def test_every_method_gets_the_same_budget(tmp_path):
     runs = [replace(QUICK, method=m, seed=s) for s in range(3) for m in USUAL]
-    df = tune_many(runs, tmp_path, trials=2, n_valid=100, jobs=1)
+    df = tune_many(runs, tmp_path, trials=2, n_valid=100, seeds=1, jobs=1)
     assert df.groupby('method').size().to_dict()==dict.fromkeys(USUAL, 2) and df.groupby('method').chosen.sum().eq(1).all()
     assert set(df.seed)=={1000} and set(df.n_valid)=={100} and set(df.n_train)=={40}
     first = df[df.trial==0]
     assert set(first.lr)=={QUICK.lr} and all(dict(Run(method=r.method).settings)==r.settings for r in first.itertuples())
     for r in df[df.trial==1].itertuples():
         for k,(lo,hi,_) in search_space(r.method).items(): assert lo <= r.settings.get(k, r.lr) <= hi
-    tuned = with_chosen(runs, df, n_valid=100)
+    tuned = with_chosen(runs, df, n_valid=100, seeds=1)
     assert len(tuned)==len(runs)
     for a,b in zip(runs, tuned):
         r = df[(df.method==a.method) & df.chosen].iloc[0]
@@ -74,19 +74,27 @@ def test_every_method_gets_the_same_budget(tmp_path):
 
 def test_stopped_study_proposes_what_it_would_have_proposed(tmp_path):
     run = replace(QUICK, method='half_mhe')
-    whole = tune_one(run, tmp_path/'a', trials=5, n_valid=100)
+    whole = tune_one(run, tmp_path/'a', trials=5, n_valid=100, seeds=1)
     cut,i = [],0
     while not len(cut): # stops in the middle of a trial, however slow the machine
         i += 1
-        cut = tune_one(run, tmp_path/'b', trials=5, n_valid=100, deadline=time.time()+.05*i)
+        cut = tune_one(run, tmp_path/'b', trials=5, n_valid=100, seeds=1, deadline=time.time()+.05*i)
     assert 1<=len(cut)<5 and not cut.chosen.any()
-    again = tune_one(run, tmp_path/'b', trials=5, n_valid=100)
+    again = tune_one(run, tmp_path/'b', trials=5, n_valid=100, seeds=1)
     cols = ['lr','settings','valid_accuracy','valid_loss','chosen']
     pd.testing.assert_frame_equal(whole[cols], again[cols])
 
 def test_a_diverged_trial_is_never_chosen(tmp_path):
-    df = tune_one(replace(QUICK, lr=1e30), tmp_path, trials=2, n_valid=100)
+    df = tune_one(replace(QUICK, lr=1e30), tmp_path, trials=2, n_valid=100, seeds=1)
     assert df.status.tolist()==['diverged','done'] and df.chosen.tolist()==[False,True]
+
+def test_a_trial_is_the_mean_of_its_seeds(tmp_path):
+    df = tune_one(replace(QUICK, method='dropout'), tmp_path, trials=2, n_valid=100)
+    assert df.groupby('trial').seed.apply(list).tolist()==[[1000,1001,1002]]*2 and df.groupby('trial').lr.nunique().eq(1).all()
+    assert df[df.chosen].trial.unique().tolist()==[df.groupby('trial').valid_accuracy.mean().idxmax()] and df.chosen.sum()==3
+    tuned, = with_chosen([replace(QUICK, method='dropout')], df, n_valid=100)
+    assert tuned.lr==df[df.chosen].lr.iloc[0]
+    with pytest.raises(ValueError, match='seeds=0'): tune_many([QUICK], tmp_path, seeds=0)
 
 def test_values_keep_three_digits_and_other_settings():
     run = with_values(Run(method='mhe', settings=dict(s=0.)), dict(lr=.0123456, lam=2.34567))
@@ -98,7 +106,7 @@ methods = ["none", "dropout"]
 seeds = 2
 epochs = 2
 n_train = [40, 80]
-tune = {trials = 2, n_valid = 100}
+tune = {trials = 2, n_valid = 100, seeds = 1}
 """
 
 def test_sweep_stops_at_its_budget_and_goes_on(tmp_path):
@@ -185,7 +193,7 @@ def test_specifications_of_the_record_make_the_recorded_runs():
         assert {run.key for run in load_sweep(ROOT/f'results/{name}.toml').runs}==set(rows.key)
     for name in ('baselines','comhe','phantom','sparsity'):
         trials = load_results(ROOT/f'results/{name}-trials.jsonl')
-        found = {study_name(run, part.tune['n_valid'], part.tune['lr']) for part in load_sweep(ROOT/f'results/{name}.toml').parts for run in part.runs}
+        found = {study_name(run, *(part.tune[k] for k in ('n_valid','lr','seeds'))) for part in load_sweep(ROOT/f'results/{name}.toml').parts for run in part.runs}
         assert found==set(trials.study)
 
 @pytest.mark.parametrize('name', ['lazy','practice'])

@@ -18,7 +18,7 @@ from .run import Run
 
 # %% ../../nbs/experiments/sweep.ipynb #ab7d15f0
 KEYS = ['methods','seeds','runs','tune','trace', *(f.name for f in fields(Run) if f.name not in ('method','seed'))]
-TUNE = dict(trials=8, n_valid=1000, lr=LR)
+TUNE = dict(trials=8, n_valid=1000, lr=LR, seeds=3)
 TRACES = '','means','layers'
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def tuning_of(
     if table is None: return None
     for name in table: one_of('key of [tune]', name, TUNE)
     table = {**TUNE, **table}
-    for name in ('trials','n_valid'): whole(name, table[name], 1)
+    for name in ('trials','n_valid','seeds'): whole(name, table[name], 1)
     return table
 
 def refuse_searched_lists(
@@ -179,7 +179,7 @@ def run_sweep(
         runs = settle_precision(part.runs, folder/'runs', root, kwargs.get('device'))
         if part.tune:
             trials.append(tune_many(runs, time_budget=left(), on_study=on_study, **part.tune, **common))
-            runs = with_chosen(runs, trials[-1], part.tune['n_valid'], part.tune['lr'])
+            runs = with_chosen(runs, trials[-1], *(part.tune[k] for k in ('n_valid','lr','seeds')))
         rows.append(run_many(runs, time_budget=left(), on_row=on_row, trace=part.trace, **common))
     rows,trials = (pd.concat(frames, ignore_index=True) if frames else pd.DataFrame() for frames in (rows, trials))
     for name,df in dict(results=rows, trials=trials).items():

@@ -41,13 +41,15 @@ OLD_FIELDS = [f.name for f in fields(Run)][:18] # those that the first studies w
 def study_name(
     run:Run, # any run of the method; its seed and experiment do not matter
     n_valid:int, # validation images
-    lr:tuple=LR # (low, high, scale) of the learning rate
+    lr:tuple=LR, # (low, high, scale) of the learning rate
+    seeds:int=3 # trainings of a trial
 )->str: # such as half_mhe-digits-200-1b2c3d4e
     "Name a study by what decides its trials (SHA-256)."
     decided = asdict(run) | dict(settings=sorted(hashed_settings(run.method, dict(run.settings)).items()))
     plain = asdict(Run())
     told = {k:v for k,v in decided.items() if k not in ('seed','experiment') and (k in OLD_FIELDS or v!=plain[k])}
     told |= dict(n_valid=n_valid, space=search_space(run.method, lr))
+    if seeds>1: told['seeds'] = seeds # the first studies had one
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
     return f"{run.method}-{Path(run.data).name}-{run.n_train}-{key}"
 
@@ -85,56 +87,63 @@ def ask(
 
 # %% ../../nbs/experiments/tune.ipynb #3a6d2c84
 def mark_best(
-    rows:list, # rows of the trials, in their order
+    rows:list, # rows of the trials, several with the same `trial` if it had several seeds
     trials:int # trials that were asked for
-)->pd.DataFrame: # one row a trial: `trial`, and `chosen` for the best one once all are there
+)->pd.DataFrame: # one row a training, `chosen` for those of the best trial once all are there
     "Make a frame of a study's trials (ours)."
-    def rank(i): return -(rows[i].get('valid_accuracy') or 0.), rows[i].get('valid_loss') or math.inf
-    best = min(range(trials), key=rank) if len(rows)==trials else None
-    return pd.DataFrame([dict(row, trial=i, chosen=i==best) for i,row in enumerate(rows)])
+    df = pd.DataFrame(rows)
+    if not len(df): return df
+    score = df.reindex(columns=['trial','valid_accuracy','valid_loss'])
+    score = score.fillna(dict(valid_accuracy=0., valid_loss=math.inf)).groupby('trial').mean()
+    best = score.sort_values(['valid_accuracy','valid_loss'], ascending=[False,True], kind='stable').index[0]
+    return df.assign(chosen=(df.trial==best) & (len(score)==trials))
 
 def tune_one(
     run:Run, # what to tune; its seed and validation images do not matter
     store:str|Path, # folder of results; studies are kept in its folder studies
-    trials:int=8, # trainings, >= 1
+    trials:int=8, # settings that are tried, >= 1
     n_valid:int=1000, # validation images, >= 1
     lr:tuple=LR, # (low, high, 'log' or 'linear') of the learning rate
+    seeds:int=3, # trainings of a trial, >= 1
     deadline:float=math.inf, # Unix time (seconds) after which it stops at the end of an epoch
     **kwargs # `root`, `device` and `threads` of `run_one`
-)->pd.DataFrame: # one row a trial, the best one `chosen`; fewer than `trials` if the deadline came first
+)->pd.DataFrame: # one row a training, those of the best trial `chosen`; fewer if the deadline came first
     "Search settings for a method on one data set, or go on with the search (Bergstra et al. 2011)."
-    space,name,rows = search_space(run.method, lr),study_name(run, n_valid, lr),[]
-    base = replace(run, experiment='tune', n_valid=n_valid, seed=TRIAL_SEED, test=False)
+    space,name,rows = search_space(run.method, lr),study_name(run, n_valid, lr, seeds),[]
+    base = replace(run, experiment='tune', n_valid=n_valid, test=False)
     path = Path(store)/'studies'/f'{name}.log'
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix('.lock')):
         study,done = open_study(path, name, {k:dict(run.settings).get(k, run.lr) for k in space})
         for i in range(trials):
             trial,values = (None,done[i]) if i<len(done) else ask(study, space, i, max(1, trials//2))
-            row = run_one(with_values(base, values), store, deadline=deadline, **kwargs)
-            if row is None: break
-            if trial: study.tell(trial, row.get('valid_accuracy') or 0.)
-            rows.append(dict(row, study=name, space=space))
+            tried = with_values(base, values)
+            found = [run_one(replace(tried, seed=TRIAL_SEED+s), store, deadline=deadline, **kwargs) for s in range(seeds)]
+            if None in found: break
+            if trial: study.tell(trial, sum(row.get('valid_accuracy') or 0. for row in found)/seeds)
+            rows += [dict(row, trial=i, study=name, space=space) for row in found]
     return mark_best(rows, trials)
 
 # %% ../../nbs/experiments/tune.ipynb #4b74551d
 def tune_many(
     runs:Iterable, # `Run`s; those that differ in their seed alone share a study
     store:str|Path, # folder of results
-    trials:int=8, # trainings a study, >= 1
+    trials:int=8, # settings that are tried in a study, >= 1
     n_valid:int=1000, # validation images, >= 1
     lr:tuple=LR, # (low, high, 'log' or 'linear') of the learning rate
+    seeds:int=3, # trainings of a trial, >= 1
     time_budget:float|None=None, # seconds after which trials stop at the end of an epoch; None for no limit
     root:str|Path|None=None, # folder to look for the data first
     on_study:Callable=noop, # called with every study's frame as it is there
     **kwargs # `engine`, `jobs`, `device`, `retries` and `address`, see `spread`
-)->pd.DataFrame: # one row a trial, see `tune_one`
+)->pd.DataFrame: # one row a training, see `tune_one`
     "Tune every method of a comparison with the same number of trials; raise a `ValueError` for a wrong budget (ours)."
-    for name,value in dict(trials=trials, n_valid=n_valid).items(): whole(name, value, 1)
+    for name,value in dict(trials=trials, n_valid=n_valid, seeds=seeds).items(): whole(name, value, 1)
     deadline = time.time() + (math.inf if time_budget is None else time_budget)
     runs = settle_precision(runs, store, root, kwargs.get('device'))
-    studies = {study_name(run, n_valid, lr):run for run in runs}
-    work = partial(tune_one, store=store, trials=trials, n_valid=n_valid, lr=lr, deadline=deadline, root=root)
+    studies = {study_name(run, n_valid, lr, seeds):run for run in runs}
+    told = dict(trials=trials, n_valid=n_valid, lr=lr, seeds=seeds)
+    work = partial(tune_one, store=store, deadline=deadline, root=root, **told)
     frames = []
     for df in spread(work, studies.values(), **kwargs):
         on_study(df)
@@ -145,9 +154,10 @@ def with_chosen(
     runs:Iterable, # `Run`s as given to `tune_many`, their precision settled
     trials:pd.DataFrame, # what it returned
     n_valid:int=1000, # as given to it
-    lr:tuple=LR # as given to it
+    lr:tuple=LR, # as given to it
+    seeds:int=3 # as given to it
 )->list: # `Run`s with the chosen values; runs whose study is not finished are left out
     "Put what tuning chose into the runs that will be judged (ours)."
     best = {} if trials.empty else {row.study:row for row in trials[trials.chosen].itertuples()}
-    pairs = [(run, best.get(study_name(run, n_valid, lr))) for run in runs]
+    pairs = [(run, best.get(study_name(run, n_valid, lr, seeds))) for run in runs]
     return [replace(run, lr=row.lr, settings=row.settings) for run,row in pairs if row]
