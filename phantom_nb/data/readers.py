@@ -21,7 +21,7 @@ from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import extract_archive
 from .images import ImageData, SPLITS, cached_images, class_folders, image_files, load_folder
 from .images import plain_name
-from .registry import DATASETS, dataset_spec
+from .registry import DATASETS, PHOTOS, dataset_spec
 
 # %% ../../nbs/data/readers.ipynb #9185dc66
 @dataclass
@@ -222,7 +222,17 @@ def is_folder(
 )->bool: # is it meant as a folder?
     "Tell a folder of images from a data set's name (ours)."
     if isinstance(data, Path): return True
-    return isinstance(data, str) and data.lower() not in DATASETS and ('/' in data or Path(data).expanduser().is_dir())
+    if not isinstance(data, str) or data.lower() in DATASETS: return False
+    return '/' in data or data in PHOTOS or Path(data).expanduser().is_dir()
+
+def _folder_of(data, root):
+    "The folder that is meant: as it is given, or one of `PHOTOS` in the places where data sets lie"
+    if data not in PHOTOS or Path(data).is_dir(): return data
+    places = list(search_places(root).values())
+    found = [place/data for place in places if (place/data).is_dir()]
+    if found: return found[0]
+    raise FileNotFoundError(f"data={data!r} is {PHOTOS[data]}. There is no such folder in "
+        f"{', '.join(map(str, places))}: put it there, or give the path of the folder")
 
 def load_dataset(
     name:str|Path='digits', # a key of `DATASETS`, or a folder of images
@@ -231,7 +241,7 @@ def load_dataset(
     size:int|None=None, # side in pixels of the square images; default: as they are, 128 for a folder of photos
 )->ImageData: # the whole data set, on the CPU
     "Find and load a data set; ValueError (unknown or damaged), FileNotFoundError or ConnectionError (ours)."
-    if is_folder(name): return load_folder(name, size)
+    if is_folder(name): return load_folder(_folder_of(name, root), size)
     try: spec = dataset_spec(name)
     except ValueError as e: raise ValueError(f"{e}, or a folder of images") from e
     name = next(known for known,value in DATASETS.items() if value is spec)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..checks import number, one_of, share, whole
-from ..data.registry import DATASETS
+from ..data.registry import DATASETS, PHOTOS
 from .methods import full_settings, hashed_settings
 
 # %% ../../nbs/experiments/run.ipynb #20455756
@@ -30,7 +30,7 @@ def check_data(
 )->str: # `data`
     "Return the name of a data set or the path of a folder; raise a `ValueError` for what is neither (ours)."
     looks_like_a_path = '/' in str(data) or '\\' in str(data) or str(data).startswith(('.','~'))
-    if data in DATA_NAMES or Path(data).expanduser().is_dir(): return data
+    if data in DATA_NAMES or data in PHOTOS or Path(data).expanduser().is_dir(): return data
     if looks_like_a_path:
         raise ValueError(f"data={data!r}: no such folder; give a folder of images (train/CLASS/*, test/CLASS/*)")
     return one_of('data', data, DATA_NAMES)
