@@ -11,7 +11,7 @@ import hashlib, json, re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..checks import number, one_of, share, whole
+from ..checks import Refusals, number, one_of, share, true_or_false, whole
 from ..data.registry import DATASETS, PHOTOS
 from .methods import full_settings, hashed_settings
 
@@ -29,18 +29,21 @@ def check_data(
     data:str # a key of `DATASETS`, or a folder of images
 )->str: # `data`
     "Return the name of a data set or the path of a folder; raise a `ValueError` for what is neither (ours)."
+    if not isinstance(data, (str, Path)): raise ValueError(f"data={data!r}: give a name or a folder of images")
     looks_like_a_path = '/' in str(data) or '\\' in str(data) or str(data).startswith(('.','~'))
     if data in DATA_NAMES or data in PHOTOS or Path(data).expanduser().is_dir(): return data
     if looks_like_a_path:
         raise ValueError(f"data={data!r}: no such folder; give a folder of images (train/CLASS/*, test/CLASS/*)")
-    return one_of('data', data, DATA_NAMES)
+    try: return one_of('data', data, DATA_NAMES)
+    except ValueError as e: raise ValueError(f"{e}, or a folder of images") from None
 
 def check_model(
     model:str # a key of `MODELS`, 'timm:NAME' or 'torchvision:NAME'
 )->str: # `model`
     "Return the name of a network; raise a `ValueError` for a wrong one (ours)."
     if re.fullmatch(r'(timm|torchvision):\w[\w.\-]*', str(model)): return model
-    return one_of('model', model, MODEL_NAMES)
+    try: return one_of('model', model, MODEL_NAMES)
+    except ValueError as e: raise ValueError(f"{e}, or timm:NAME or torchvision:NAME") from None
 
 # %% ../../nbs/experiments/run.ipynb #8610849f
 def step_points(
@@ -88,39 +91,46 @@ class Run:
     body_lr:float = 1. # learning rate of the first layers to that of the head, in (0,1]
     folds:int = 0 # cross-validation: test images are part seed % folds of the data; 0 for the data's own test images
     test:bool = False # judge on test images although there are validation images
+    images:str = '' # digest of a folder's images, filled in when runs begin: other images make another run
 
     def __post_init__(self):
-        check_data(self.data)
-        check_model(self.model)
-        self._check_names()
-        self._check_numbers()
-        given = full_settings(self.method, dict(self.settings))
+        with Refusals() as check:
+            check(check_data, self.data)
+            check(check_model, self.model)
+            self._check_names(check)
+            self._check_numbers(check)
+            given = check(full_settings, self.method, dict(self.settings))
         object.__setattr__(self, 'settings', tuple(sorted(given.items())))
 
-    def _check_names(self):
-        one_of('opt', self.opt, OPTIMIZER_NAMES)
-        one_of('precision', self.precision, PRECISION_NAMES)
-        one_of('padding', self.padding, PADDING_NAMES)
-        if str(self.schedule).startswith('step'): step_points(self.schedule)
-        else: one_of('schedule', self.schedule, SCHEDULE_NAMES)
-        if not isinstance(self.augment, bool): one_of('augment', self.augment, AUGMENT_NAMES)
-        for name in ('compile','pretrained','test'):
-            value = getattr(self, name)
-            if not isinstance(value, bool): raise ValueError(f"{name}={value!r}: give True or False")
+    def _check_names(self, check):
+        for name in ('experiment','images'): check(self._check_word, name)
+        check(one_of, 'opt', self.opt, OPTIMIZER_NAMES)
+        check(one_of, 'precision', self.precision, PRECISION_NAMES)
+        check(one_of, 'padding', self.padding, PADDING_NAMES)
+        if str(self.schedule).startswith('step'): check(step_points, self.schedule)
+        else: check(one_of, 'schedule', self.schedule, SCHEDULE_NAMES)
+        if not isinstance(self.augment, bool): check(one_of, 'augment', self.augment, AUGMENT_NAMES)
+        for name in ('compile','pretrained','test'): check(true_or_false, name, getattr(self, name))
 
-    def _check_numbers(self):
+    def _check_word(self, name):
+        value = getattr(self, name)
+        if isinstance(value, str) and re.fullmatch(r'[\w+\-. ]*', value) and not value.startswith('.'): return
+        raise ValueError(f"{name}={value!r}: give a name of letters, digits, - and _")
+
+    def _check_numbers(self, check):
         smallest = dict(n_valid=0, bs=2, epochs=1, seed=0, frozen=0, folds=0)
         for name in ('n_train','size','per_class'):
             if getattr(self, name) is not None: smallest[name] = 1
-        for name,low in smallest.items(): object.__setattr__(self, name, whole(name, getattr(self, name), low))
-        for name in ('lr','width','depth'): number(name, getattr(self, name), above=0)
-        for name in ('mom','label_noise'): number(name, getattr(self, name), at_least=0, below=1)
-        number('stop_loss', self.stop_loss, at_least=0)
-        number('imbalance', self.imbalance, at_least=1)
-        number('body_lr', self.body_lr, above=0, at_most=1)
-        if self.folds==1: raise ValueError("folds=1: give 2 or more, or 0 for the data's own test images")
-        if self.frozen>=self.epochs and self.frozen:
-            raise ValueError(f"frozen={self.frozen}: give less than epochs={self.epochs}")
+        for name,low in smallest.items():
+            object.__setattr__(self, name, check(whole, name, getattr(self, name), low))
+        for name in ('lr','width','depth'): check(number, name, getattr(self, name), above=0)
+        for name in ('mom','label_noise'): check(number, name, getattr(self, name), at_least=0, below=1)
+        check(number, 'stop_loss', self.stop_loss, at_least=0)
+        check(number, 'imbalance', self.imbalance, at_least=1)
+        check(number, 'body_lr', self.body_lr, above=0, at_most=1)
+        if self.folds==1: check.refuse("folds=1: give 2 or more, or 0 for the data's own test images")
+        if self.frozen and self.epochs and self.frozen>=self.epochs:
+            check.refuse(f"frozen={self.frozen}: give less than epochs={self.epochs}")
 
     @property
     def key(self)->str: # 16 hexadecimal digits, the same in every process
