@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
+from scipy.stats import ttest_1samp
 
 from phantom_nb import cli
 from phantom_nb.experiments import learner
@@ -12,7 +13,8 @@ from phantom_nb.experiments.methods import search_space
 from phantom_nb.experiments.report import tell_apart
 from phantom_nb.experiments.runner import Run, load_results
 from phantom_nb.experiments.sweep import load_sweep, parse_sweep, run_sweep
-from phantom_nb.experiments.tune import study_name, tune_many, tune_one, with_chosen, with_values
+from phantom_nb.experiments.stats import mean_interval
+from phantom_nb.experiments.tune import choice_variance, leave_one_out, study_name, tune_many, tune_one, tuned_interval, with_chosen, with_values
 
 pytest.importorskip('optuna')
 QUICK = Run(epochs=2, n_train=40)
@@ -214,3 +216,25 @@ def test_a_traced_sweep_keeps_a_number_an_epoch(tmp_path):
 def test_all_images_and_joined_methods_in_a_file():
     s = parse_sweep(dict(methods='dropout+mhe', seeds=1, n_train=['all',50], settings={'dropout+mhe':{'mhe.lam':[1.,2.]}}))
     assert [(run.n_train, dict(run.settings)['mhe.lam']) for run in s.runs]==[(None,1.), (None,2.), (50,1.), (50,2.)]
+
+# Intervals that carry the choice
+
+def test_the_choice_has_no_variance_where_it_is_sure_and_much_where_settings_change_places():
+    sure = np.array([[5.,6.,7.], [1.,2.,3.]])
+    assert choice_variance(sure)==0
+    unsure = np.array([[0.,0.,9.], [2.,2.,2.]])
+    assert choice_variance(unsure)>0 and choice_variance(unsure)==choice_variance(unsure) and abs(choice_variance(10*unsure)/choice_variance(unsure)-100)<1e-6
+    with pytest.raises(ValueError, match='seeds of scores=1'): choice_variance(np.ones((3,1)))
+
+def test_no_seed_judges_a_choice_that_it_took_part_in():
+    rng = np.random.default_rng(0)
+    scores,values = rng.normal(size=(4,6)),rng.normal(size=(4,6))
+    loop = [values[np.delete(scores, s, 1).mean(1).argmax(),s] for s in range(6)]
+    assert np.allclose(leave_one_out(scores, values), loop)
+
+def test_an_interval_without_choice_is_students():
+    d = np.random.default_rng(0).normal(.3, 1, 8)
+    mean,low,high,p = tuned_interval(d)
+    assert np.allclose([mean,low,high], mean_interval(d)) and abs(p-ttest_1samp(d, 0).pvalue)<1e-12
+    wider = tuned_interval(d, 1.)
+    assert wider[1]<low and wider[2]>high and wider[3]>p

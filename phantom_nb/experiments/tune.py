@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIAL_SEED', 'OLD_FIELDS', 'with_values', 'study_name', 'open_study', 'ask', 'mark_best', 'tune_one', 'tune_many',
-           'with_chosen']
+           'with_chosen', 'choice_variance', 'leave_one_out', 'tuned_interval']
 
 # %% ../../nbs/experiments/tune.ipynb #e73af6e5
 import hashlib, json, math, time
@@ -13,11 +13,12 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
+import numpy as np, pandas as pd
 from fastai.basics import noop
 from filelock import FileLock
+from scipy import stats
 
-from ..checks import whole
+from ..checks import share, whole
 from .engines import spread
 from .methods import LR, hashed_settings, search_space
 from .run import Run
@@ -161,3 +162,37 @@ def with_chosen(
     best = {} if trials.empty else {row.study:row for row in trials[trials.chosen].itertuples()}
     pairs = [(run, best.get(study_name(run, n_valid, lr, seeds))) for run in runs]
     return [replace(run, lr=row.lr, settings=row.settings) for run,row in pairs if row]
+
+# %% ../../nbs/experiments/tune.ipynb #febba537
+def choice_variance(
+    scores:np.ndarray, # (settings, seeds) validation scores, at least two seeds
+    draws:int=500, # resamples of the seeds, >= 1
+    seed:int=0 # of the resampling, >= 0
+)->float: # >= 0, in squared units of the scores
+    "Bootstrap how the worth of the chosen setting varies with the tuning seeds (Efron 1979; eq. 1)."
+    scores = np.asarray(scores, dtype=float)
+    n = whole('seeds of scores', scores.shape[1], 2)
+    drawn = np.random.default_rng(seed).integers(0, n, (draws,n))
+    chosen = scores[:,drawn].mean(2).argmax(0)
+    return scores.mean(1)[chosen].var()*n/(n-1)
+
+def leave_one_out(
+    scores:np.ndarray, # (settings, seeds) validation scores
+    values:np.ndarray # (settings, seeds) what is judged, of the same runs
+)->np.ndarray: # (seeds,)
+    "Take every seed's value at the setting that the other seeds choose (Stone 1974; eq. 2)."
+    scores = np.asarray(scores, dtype=float)
+    others = scores.sum(1, keepdims=True)-scores
+    return np.asarray(values, dtype=float)[others.argmax(0),np.arange(scores.shape[1])]
+
+def tuned_interval(
+    differences:np.ndarray, # (seeds,) at least two
+    variance:float=0., # of the choices, >= 0: the sum of what `choice_variance` gives
+    level:float=.95 # coverage, in (0,1)
+)->tuple: # mean, low, high, and the two-sided p-value of a mean of 0
+    "Widen Student's interval by the uncertainty of the choices (ours; eq. 3)."
+    d = np.asarray(differences, dtype=float)
+    n,student = len(d),stats.t(whole('differences', len(d), 2)-1)
+    error = np.sqrt(d.var(ddof=1)/n + variance)
+    half = student.ppf((1+share('level', level))/2)*error
+    return d.mean(), d.mean()-half, d.mean()+half, 2*student.sf(abs(d.mean())/error)
