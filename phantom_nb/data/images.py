@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_SUFFIXES', 'SPLITS', 'LAYOUTS', 'NATIVE_SIZE', 'DEFAULT_SIZE', 'image_bytes', 'read_image', 'free_memory',
            'check_memory', 'decode_images', 'file_stamp', 'cached_images', 'channel_stats', 'resize_images',
            'ImageData', 'plain_name', 'counting_order', 'class_folders', 'image_files', 'ImageFolder', 'find_images',
-           'load_folder']
+           'load_folder', 'folder_digest']
 
 # %% ../../nbs/data/images.ipynb #11b9002c
 import hashlib, os, re
@@ -367,7 +367,16 @@ def find_images(
         note = 'the last fifth of each class, by file name, is the test set'
         files,labels = _cut_last_fifth(files, labels)
     classes = [folders[name].name for name in names]
+    note += _whole_of(folder)
     return ImageFolder(folder, classes, _hierarchy_of(folder, folders, train), files, labels, note)
+
+def _whole_of(folder):
+    "Words for a folder that is the training part of a data set"
+    folder = folder.resolve()
+    siblings = [name for split in ('valid','test') for name in SPLITS[split] if (folder.parent/name).is_dir()]
+    if folder.name not in SPLITS['train'] or not siblings: return ''
+    return (f" ({folder.name!r} is the training part of {folder.parent.name!r}: name that folder to use its "
+        f"{' and '.join(map(repr, siblings))} too)")
 
 # %% ../../nbs/data/images.ipynb #73f53838
 NATIVE_SIZE,DEFAULT_SIZE = 64,128 # images up to NATIVE_SIZE keep their size; others get DEFAULT_SIZE
@@ -403,3 +412,21 @@ def load_folder(
     spec = DatasetSpec(found.classes, found.coarse, (channels, size, size), flip)
     train,test,valid = (splits.get(split) for split in ('train','test','valid'))
     return ImageData.create(found.path.resolve().name, train, test, source, spec, valid, strict=False)
+
+# %% ../../nbs/data/images.ipynb #2ef108ab
+def _digest(files, folder, stamp):
+    "Digest the names and bytes of files; `stamp` is for the cache"
+    digest = hashlib.blake2b(digest_size=8)
+    for name,file in sorted((os.path.relpath(file, folder), file) for file in files):
+        content = Path(file).read_bytes()
+        digest.update(f"{name} {len(content)} ".encode()+content)
+    return digest.hexdigest()
+
+def folder_digest(
+    folder:str|Path # see `find_images`
+)->str: # 16 hexadecimal digits: others when an image is added, removed, renamed or changed
+    "Digest the names and the bytes of a folder's images (BLAKE2)."
+    found = find_images(folder)
+    files = sum(found.files.values(), [])
+    digest = _cache().cache(_digest, ignore=['files','folder'])
+    return digest(files, str(found.path), file_stamp(files))

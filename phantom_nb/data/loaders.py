@@ -241,6 +241,12 @@ def _validation(data, n_valid, seed):
     kept = split_pool(y, n_valid, 0, seed)[0]
     return x[kept],y[kept]
 
+def _fewest(y):
+    "One validation image a class where a tenth of each class is none; None for the usual tenth"
+    counts = y.bincount()
+    counts = counts[counts > 0]
+    return len(counts) if counts.max() < 10 and counts.min() >= 3 else None
+
 def _check_device(sets, device):
     "Refuse images that don't fit into a GPU's free memory"
     if device.type != 'cuda': return
@@ -251,7 +257,7 @@ def _check_device(sets, device):
 def get_dls(
     data:str|Path|ImageData='digits', # a key of `DATASETS`, a folder of images, or a data set in memory
     n_train:int|None=None, # training images, class-balanced; default: all that don't validate
-    n_valid:int|None=None, # validation images, class-balanced; default: the set's own or a tenth of each class; 0: none
+    n_valid:int|None=None, # validation images, class-balanced; default: the set's own, a tenth of each class, or one; 0: none
     bs:int=64, # training images in a batch, at least 1
     seed:int=0, # of subset, order and augmentation; at least 0
     augment:bool|str|Augment|Sequence[Transform]|None=False, # a recipe: auto, none, crop (also True), resized, full
@@ -274,6 +280,7 @@ def get_dls(
     device = torch.device(device or default_device())
     split_seed = seed if split_seed is None else split_seed
     own_valid = data.x_valid is not None and n_valid != 0
+    if n_valid is None and n_train is None and per_class is None and not own_valid: n_valid = _fewest(data.y_train)
     train,valid = split_pool(data.y_train, n_train, 0 if own_valid else n_valid, split_seed, per_class)
     train = train[long_tail(data.y_train[train], imbalance)]
     if coarse and len(data.coarse_names) == len(data.classes):
