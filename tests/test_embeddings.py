@@ -90,7 +90,7 @@ def test_inputs_of_heads_become_embeddings(head, shape, applied):
     torch.testing.assert_close(apply_head(head, z), out)
 
 def test_a_head_that_reads_maps_is_refused():
-    with pytest.raises(ValueError, match='name a head that reads'): as_embeddings(torch.ones(2, 3, 4, 4), nn.Flatten())
+    with pytest.raises(ValueError, match='name a head that reads'): as_embeddings(torch.ones(2, 3, 4), nn.Flatten())
 
 
 # Reading and measuring

@@ -72,7 +72,7 @@ def test_chance_comes_from_the_generator_alone():
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(before, torch.get_rng_state())
 
 @pytest.mark.parametrize('labels', [[3], [2,2,2], [0,1,2], [0,0,1], list(range(300)), [i//2 for i in range(400)], [-100,-100,0,0], []], ids=str)
-@pytest.mark.parametrize('mode', ['mix','contrast','separate'])
+@pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_any_batch_is_finite(labels, mode, dtype):
     z = torch.randn(len(labels), 5, generator=gen()).to(dtype)
@@ -105,8 +105,10 @@ def test_wrong_input_is_refused_by_name(f, kw, what):
     with pytest.raises(ValueError) as e: f(**{'z':torch.ones(3, 2), 'y':torch.zeros(3, dtype=torch.long), **kw})
     assert what in str(e.value)
 
-@pytest.mark.parametrize('kw,what', [(dict(mode='pull'), "mode='pull': give one of mix"), (dict(alpha=0.), 'alpha=0.0'), (dict(alpha=1.1), 'alpha=1.1'),
-    (dict(tau=0.), 'tau=0.0'), (dict(mode='mix'), 'give the head'), (dict(mode='separate', detach=True), 'nothing would be left')], ids=str)
+@pytest.mark.parametrize('kw,what', [(dict(mode='push'), "mode='push': give one of mix"), (dict(alpha=0.), 'alpha=0.0'), (dict(alpha=1.1), 'alpha=1.1'),
+    (dict(tau=0.), 'tau=0.0'), (dict(mode='mix'), 'give the head'), (dict(mode='separate', detach=True), 'nothing would be left'),
+    (dict(margin=0.), 'margin=0.0'), (dict(margin=2.5), 'margin=2.5'), (dict(choose='best'), "choose='best'"), (dict(choose='nearest'), 'nearest of how many'),
+    (dict(choose='right'), 'give the head'), (dict(mode='separate', choose='nearest', k=2), 'phantoms of classes alone')], ids=str)
 def test_wrong_options_of_the_loss(kw, what):
     with pytest.raises(ValueError) as e: phantom_loss(torch.ones(3, 2), torch.zeros(3, dtype=torch.long), **kw)
     assert what in str(e.value)
@@ -151,6 +153,15 @@ def test_one_hot_labels_are_plain_labels(labels, mode, k):
 def loop_mixed(z, t, mode, w, tau, alpha):
     "Equations (9) to (11), written down"
     n,n_classes = t.shape
+    if mode=='pairs':
+        losses = []
+        for i in range(n):
+            others = [j for j in range(n) if j!=i and t[j].sum()>0]
+            weight = [(t[i]@t[j]).item() for j in others]
+            if sum(weight)==0: continue
+            top = torch.tensor([cos(z[i], z[j])/tau for j in others], dtype=torch.float64).logsumexp(0).item()
+            losses.append(sum(v*(top-cos(z[i], z[j])/tau) for v,j in zip(weight, others))/sum(weight))
+        return sum(losses)/max(1, len(losses))
     def phantom(c, but=None):
         weight = [0. if j==but else t[j,c].item() for j in range(n)]
         return sum(v*z[j] for j,v in enumerate(weight))/sum(weight) if sum(weight)>0 else None
@@ -168,6 +179,12 @@ def loop_mixed(z, t, mode, w, tau, alpha):
             logits = ((1-alpha)*z[i]+alpha*sum(v*ps[c] for c,v in mine.items()))@w
             total += F.cross_entropy(logits[None], t[i][None]).item()
             weight += 1
+        elif mode in ('pull','margin'):
+            for c,v in mine.items():
+                if c not in ps: continue
+                nearest = max([cos(z[i], p) for d,p in ps.items() if d!=c], default=-9.)
+                total += v*((z[i]-ps[c]).square().sum().item()/2 if mode=='pull' else max(0., .3+nearest-cos(z[i], ps[c])))
+                weight += v
         else:
             rivals = torch.tensor([cos(z[i], p)/tau for p in ps.values()], dtype=torch.float64).logsumexp(0).item() if ps else 0.
             for c,v in mine.items():
@@ -262,7 +279,7 @@ def test_losses_are_the_loops(labels):
     mixed = F.cross_entropy((.7*z+.3*p)[valid]@w, y[valid]).item() if valid.any() else 0.
     assert abs(phantom_loss(z, y, 'mix', lambda o: o@w, alpha=.3).item()-mixed)<1e-9
 
-@pytest.mark.parametrize('mode', ['mix','contrast','separate'])
+@pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('kw', [{}, dict(k=1), dict(k=2)], ids=str)
 def test_gradcheck(mode, kw):
     z,y = batch([0,0,0,1,1,2], d=4)
@@ -323,7 +340,8 @@ def one_step(tmp_path, *cbs, **kw):
     learn.fit(1)
     return learn,s,batches
 
-@pytest.mark.parametrize('kw', [dict(mode='mix'), dict(mode='contrast'), dict(mode='separate'), dict(mode='mix', alpha=1.), dict(mode='contrast', tau=.5)], ids=str)
+@pytest.mark.parametrize('kw', [dict(mode='mix'), dict(mode='contrast'), dict(mode='separate'), dict(mode='mix', alpha=1.), dict(mode='contrast', tau=.5), dict(mode='margin', margin=.5), dict(mode='pull'),
+    dict(mode='pairs', tau=.1), dict(mode='contrast', choose='right'), dict(mode='mix', choose='nearest', k=2)], ids=str)
 @pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(eps=.3), nn.CrossEntropyLoss(weight=torch.arange(1., 11))], ids=['plain','smoothed','weighted'])
 def test_penalty_and_gradient_are_the_function_on_the_heads_input(tmp_path, kw, loss):
     if kw['mode']!='mix' and not isinstance(loss, CrossEntropyLossFlat): pytest.skip('the loss matters to mix alone')
@@ -513,8 +531,8 @@ def test_every_run_records_how_its_test_embeddings_lie():
 def test_methods_are_the_callback_and_the_default_searches_nothing(name):
     cb, = make_method(name).cbs
     assert isinstance(cb, PhantomEmbeddings) and cb.mode==(PhantomEmbeddings().mode if name=='phantom' else name.split('_')[1])
-    assert set(search_space(name))==({'lr'} if name=='phantom' else {'lr','lam'}) and cb.lam==PhantomEmbeddings().lam
-    assert all(getattr(PhantomEmbeddings(), k)==v for k,v in METHODS[name].defaults.items() if k!='mode' or name=='phantom')
+    assert set(search_space(name))==({'lr'} if name=='phantom' else {'lr','lam'}) and (cb.lam==PhantomEmbeddings().lam or name=='phantom_pull')
+    assert all(getattr(PhantomEmbeddings(), k)==v for k,v in METHODS[name].defaults.items() if k not in ('mode','lam') or name=='phantom')
 
 def test_threads_are_refused_before_the_first_batch():
     with pytest.raises(ValueError, match='train with learn.distrib_ctx'): learner(nn.DataParallel(create_model('small_cnn', size=8, seed=0)), PhantomEmbeddings()).fit(1)

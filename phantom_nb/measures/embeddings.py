@@ -97,15 +97,15 @@ def find_head(
 
 # %% ../../nbs/measures/embeddings.ipynb #9d6e7682
 def as_embeddings(
-    x:Tensor, # input of the head: (B,D), (B,D,H,W) of a convolution, (B,T,D) of a Linear layer
-    head:nn.Module # the head
+    x:Tensor, # input of the layer: (B,D), (B,D,H,W), or (B,T,D) of a Linear layer
+    head:nn.Module # the layer
 )->Tensor: # (B,D) with gradient: averaged over positions
-    "View the head's input as one embedding a sample; raise a `ValueError` for a shape that cannot be (ours)."
+    "View a layer's input as one embedding a sample; raise a `ValueError` for a shape that cannot be (ours)."
     if not isinstance(x, Tensor):
         raise ValueError(f"{type(head).__name__} reads a {type(x).__name__}: "
             "name a head that reads (B,D), a Linear layer")
     x = x.as_subclass(Tensor)
-    if is_pointwise(head): return x.flatten(2).mean(2)
+    if is_pointwise(head) or x.ndim==4: return x.flatten(2).mean(2)
     if isinstance(head, nn.Linear) and x.ndim>2: return x.flatten(1, -2).mean(1)
     if x.ndim==2: return x
     raise ValueError(f"{type(head).__name__} reads {tuple(x.shape)}: name a head that reads (B,D), a Linear layer")
