@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
+import phantom_nb.data.loaders as loaders
 import phantom_nb.data.readers as readers
 from phantom_nb.data import (Augment, DATASETS, ImageData, ImageDL, ImageLoaders, ImageSet, available, balanced_subset,
     channel_stats, get_dls, load_dataset, read_idx, split_pool)
@@ -782,3 +783,13 @@ def test_dealt_out_to_processes():
     want = torch.cat([raw(whole, x) for x, _ in whole])
     got = torch.cat([raw(whole, x) for rank, dl in enumerate(ranks) for x, _ in part(dl, rank)])
     assert torch.equal(got, want) and [dl.epoch for dl in ranks] == [1, 1]
+
+@pytest.mark.parametrize('drop_last', [False, True])
+def test_batches_made_together_are_those_made_one_by_one(digits, drop_last, monkeypatch):
+    def batches(block):
+        monkeypatch.setattr(loaders, 'BLOCK', block)
+        dl = get_dls(digits, n_train=65, n_valid=0, bs=8, augment=True, device='cpu').train.new(drop_last=drop_last)
+        return [(x.clone(), y.clone()) for x,y in dl]
+    one,three,all_ = (batches(block) for block in (1, 3*8*64, 10**6))
+    assert len(one) == 8 and all(same(a, b) and same(a, c) for a,b,c in zip(one, three, all_))
+    assert [len(y) for _,y in one] == [len(y) for _,y in three] == [8]*7 + [8 if drop_last else 9]
