@@ -13,8 +13,8 @@ from phantom_nb.experiments.bench import BENCHES
 from phantom_nb.experiments.engines import ENGINES
 from phantom_nb.experiments.learner import SCHEDULES, OPTIMIZERS, evaluate, hold_out, make_learner, product_types
 from phantom_nb.experiments.methods import METHODS, make_method
-from phantom_nb.experiments.runner import Run, load_results, run_many, run_one, settle_precision, train_run
-from phantom_nb.experiments.store import save_results, write_atomic
+from phantom_nb.experiments.runner import Run, load_results, name_images, run_many, run_one, settle_precision, train_run
+from phantom_nb.experiments.store import recorded_row, save_results, write_atomic, write_row
 from phantom_nb.models import MODELS
 
 QUICK = Run(epochs=2, n_train=40)
@@ -85,9 +85,48 @@ def test_evaluate_against_by_hand():
 def test_recorded_run_is_not_run_again(tmp_path):
     run_one(QUICK, tmp_path)
     file, = tmp_path.glob('*.json')
-    file.write_text(json.dumps(json.loads(file.read_text()) | dict(accuracy=.123)))
+    write_row(file, recorded_row(tmp_path, QUICK) | dict(accuracy=.123))
     assert run_one(QUICK, tmp_path)['accuracy']==.123
     assert len(run_many([QUICK, QUICK], jobs=1, store=tmp_path))==1 and len(list(tmp_path.glob('*.json')))==1 and not list(tmp_path.glob('.work/*'))
+
+def test_spoilt_rows_are_named_put_aside_and_trained_again(tmp_path):
+    whole = run_one(QUICK, tmp_path)
+    file, = tmp_path.glob('*.json')
+    good = file.read_text()
+    for spoilt,why in ((good[:len(good)//2],'cut short'), (good.replace(str(whole['accuracy']), '0.99'),'was changed'), (json.dumps(whole | dict(key='0')),'another run')):
+        file.write_text(spoilt)
+        with pytest.warns(UserWarning, match=f'{file.name} .*{why}'): again = run_one(QUICK, tmp_path)
+        assert again['accuracy']==whole['accuracy'] and Path(f'{file}.bad').read_text()==spoilt
+
+def test_a_spoilt_row_does_not_hide_the_others(tmp_path):
+    df = run_many([replace(QUICK, seed=s) for s in range(3)], jobs=1, store=tmp_path/'runs')
+    save_results(df, tmp_path/'all.jsonl')
+    lines = (tmp_path/'all.jsonl').read_text().splitlines()
+    (tmp_path/'all.jsonl').write_text('\n'.join([lines[0][:50], lines[1], lines[2].replace('"seed": 2', '"seed": 1')]))
+    with pytest.warns(UserWarning, match='all.jsonl, line 1, is cut short.*line 3, was changed'): rows = load_results(tmp_path/'all.jsonl')
+    assert list(rows.seed)==[1]
+    next((tmp_path/'runs').glob('*.json')).write_text('{')
+    with pytest.warns(UserWarning, match='cut short'): assert len(load_results(tmp_path/'runs'))==2
+
+def test_other_images_make_another_run(tmp_path):
+    "A row of other images is never taken for a row of these; a copy of the folder has the same digest"
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    def picture(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (12,12), dtype='uint8')).save(path)
+    for name in ('a','b'):
+        for k in range(5): picture(tmp_path/'photos'/name/f'{k}.png')
+    run = Run(data=str(tmp_path/'photos'), n_train=None, epochs=1, experiment='x')
+    first, = name_images([run])
+    row = run_one(run, tmp_path/'runs')
+    assert row['images']==first.images and row['key']==first.key!=run.key and run_one(run, tmp_path/'runs')==row
+    os.utime(tmp_path/'photos'/'a'/'0.png', (1,1))
+    assert name_images([run])==[first], 'the time alone says nothing'
+    picture(tmp_path/'photos'/'a'/'0.png')
+    second, = name_images([run])
+    assert second.key!=first.key and run_one(run, tmp_path/'runs')['key']==second.key and len(list((tmp_path/'runs').glob('*.json')))==2
+    with pytest.raises(ValueError, match='not those that the run began with'): make_learner(first)
 
 def test_failed_and_diverged_runs_are_recorded_and_stop_nobody(tmp_path):
     specs = [replace(QUICK, model='cnn9'), replace(QUICK, lr=1e30), QUICK]
@@ -143,6 +182,29 @@ def test_interrupted_comparison_keeps_shows_and_resumes(tmp_path):
     assert 'half_mhe' in text and f'{len(kept)} of 16 runs are recorded already' in text and p.returncode==0
     files = {f.name:f.stat().st_mtime_ns for f in tmp_path.glob('runs/*.json')}
     assert len(files)==16 and all(files[k]==v for k,v in kept.items())
+
+def alive(group):
+    "Processes of a group that still run"
+    found = []
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        try: state,_,pgrp = stat.read_text().rpartition(')')[2].split()[:3]
+        except OSError: continue
+        if int(pgrp)==group and state!='Z': found.append(stat.parent.name)
+    return found
+
+@pytest.mark.processes
+@pytest.mark.parametrize('signals', [[signal.SIGINT]*2, [signal.SIGKILL]], ids=str)
+def test_no_worker_outlives_its_command(signals, tmp_path):
+    "Two Ctrl-C in a row, or a killed command: what it started is gone within seconds"
+    p = start_compare(tmp_path)
+    wait_for(tmp_path, 1)
+    for s in signals:
+        os.kill(p.pid, s)
+        time.sleep(.1)
+    text = p.communicate(timeout=60)[0]
+    end = time.time()+20
+    while alive(p.pid) and time.time()<end: time.sleep(.2)
+    assert not alive(p.pid) and 'Traceback' not in text, text
 
 @pytest.mark.processes
 def test_two_processes_share_a_folder(tmp_path):

@@ -6,7 +6,9 @@
 __all__ = ['ENGINES', 'RUNS_PER_GPU', 'local_engine', 'ray_engine', 'share_out', 'spread']
 
 # %% ../../nbs/experiments/engines.ipynb #38ae5f93
+import os, signal, threading, time
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 
 import joblib, torch
 from joblib.externals.loky import get_reusable_executor
@@ -19,7 +21,25 @@ ENGINES = 'local','ray'
 RUNS_PER_GPU = 4
 
 def _call(work, item, where): return work(item, **where)
-def _call_numbered(i, work, item, where): return i,work(item, **where)
+def _call_numbered(i, work, item, where):
+    _end_with_parent()
+    return i,work(item, **where)
+
+@lru_cache
+def _end_with_parent():
+    "Let this worker end within a second after the process that started it, however that one ended"
+    def watch(parent):
+        while os.getppid()==parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+
+def _kill_workers():
+    "End all workers; a second Ctrl-C in the meantime does not leave half of them running"
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try: get_reusable_executor().shutdown(wait=False, kill_workers=True)
+    finally:
+        if main: signal.signal(signal.SIGINT, before)
 
 def local_engine(
     work:Callable, # importable function of an item; takes `device` and `threads` too
@@ -41,8 +61,8 @@ def local_engine(
             return
         except TerminatedWorkerError:
             if not left: raise
-        except (KeyboardInterrupt, GeneratorExit):
-            get_reusable_executor().shutdown(wait=False, kill_workers=True)
+        except BaseException: # Ctrl-C, an error, or a caller that stops
+            _kill_workers()
             raise
 
 # %% ../../nbs/experiments/engines.ipynb #9c2fc877

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 import phantom_nb
 from ..core import Regularizer, TrainingCallback
 from ..data import ImageData, ImageLoaders, get_dls, is_folder, load_dataset
+from ..data.images import folder_digest
 from .methods import Pieces, make_method
 from .optimizer import fused_adam, fused_sgd
 from .run import Run, step_points
@@ -134,6 +135,8 @@ def load_data(
     root:str|Path|None=None # folder to look for the data first
 )->ImageData: # the images and their labels
     "Load the data set or the folder of images of a run, one part held out as test images if it cross-validates (ours)."
+    if run.images and folder_digest(run.data)!=run.images:
+        raise ValueError(f"data={run.data!r}: its images are not those that the run began with; give the command again")
     if is_folder(run.data): data = load_dataset(run.data, root, size=run.size)
     else: data = _known_data(run.data, root, run.size, os.environ.get('PHANTOM_NB_DATA'))
     return hold_out(data, run.folds, run.seed) if run.folds else data
