@@ -367,7 +367,7 @@ class TimedMonitor(SparsityMonitor):
 
 def bench_monitor(
     data:str='fashion_mnist', # a key of `DATASETS`
-    sizes:Iterable=((500,250), (2048,512)), # (training, validation) images
+    sizes:Iterable=(('small_cnn',500,250), ('resnet9',500,250)), # (network, training images, validation images)
     epochs:int=4, # epochs that are timed, >= 1
     root:str|Path|None=None, # folder to look for the data first
     device:str|torch.device|None=None # None for the GPU if there is one
@@ -375,8 +375,9 @@ def bench_monitor(
     "Measure the share of an epoch, validation included, that `SparsityMonitor` takes."
     rows,threads = [],torch.get_num_threads()
     torch.set_num_threads(1)
-    for n,n_valid in sizes:
-        learn = make_learner(Run(data=data, n_train=n, n_valid=n_valid, schedule='constant'), root, device)
+    for model,n,n_valid in sizes:
+        run = Run(data=data, model=model, n_train=n, n_valid=n_valid, schedule='constant')
+        learn = make_learner(run, root, device)
         clock = Clock(learn.dls.device)
         learn.remove_cb(NoValidation)
         learn.fit(1)
@@ -384,8 +385,8 @@ def bench_monitor(
         start = clock.now()
         learn.fit(epochs)
         total = clock.now()-start
-        row = dict(n=n, bs=64, epoch_ms=1e3*total/epochs, monitor_ms=1e3*clock.spent/epochs, share=clock.spent/total)
-        rows.append(row | provenance(learn.dls.device))
+        row = dict(model=model, n=n, bs=64, epoch_ms=1e3*total/epochs, monitor_ms=1e3*clock.spent/epochs)
+        rows.append(row | dict(share=clock.spent/total) | provenance(learn.dls.device))
     torch.set_num_threads(threads)
     return pd.DataFrame(rows)
 
