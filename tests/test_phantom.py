@@ -18,8 +18,8 @@ from phantom_nb.experiments.runner import Run, train_run
 from phantom_nb.experiments.tune import search_space
 from phantom_nb.measures.embeddings import embeddings_of
 from phantom_nb.models import create_model
-from phantom_nb.regularizers.phantom import (MODES, ClassQueue, PhantomEmbeddings, class_phantoms, interclass_similarity, phantom_embeddings,
-    phantom_loss)
+from phantom_nb.regularizers.phantom import (MODES, ClassQueue, PhantomEmbeddings, class_phantoms, combine_with_phantoms,
+    interclass_similarity, phantom_embeddings, phantom_loss)
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=14)
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -536,3 +536,84 @@ def test_methods_are_the_callback_and_the_default_searches_nothing(name):
 
 def test_threads_are_refused_before_the_first_batch():
     with pytest.raises(ValueError, match='train with learn.distrib_ctx'): learner(nn.DataParallel(create_model('small_cnn', size=8, seed=0)), PhantomEmbeddings()).fit(1)
+
+
+# What others have where forms coincide
+
+def test_pairs_is_supcon_of_pytorch_metric_learning():
+    losses = pytest.importorskip('pytorch_metric_learning.losses')
+    for labels in ([0,0,1,1,2,2,2], [0,0,1,2,2]):
+        z,y = batch(labels)
+        assert abs(phantom_loss(z, y, 'pairs', tau=.2)-losses.SupConLoss(temperature=.2)(z, y)).item()<1e-9
+
+def test_margin_is_the_triplet_of_sample_own_and_nearest_phantom():
+    losses = pytest.importorskip('pytorch_metric_learning.losses')
+    from pytorch_metric_learning.distances import CosineSimilarity
+    from pytorch_metric_learning.reducers import MeanReducer
+    z,y = batch([0,0,0,1,1,2,2,2])
+    own,_ = phantom_embeddings(z, y)
+    p,_ = class_phantoms(z, y)
+    cosines = (F.normalize(z)@F.normalize(p).T).scatter(1, y[:,None], -2.)
+    triplet = losses.TripletMarginLoss(margin=.7, distance=CosineSimilarity(), reducer=MeanReducer())
+    n,i = len(z),torch.arange(len(z))
+    refs = torch.cat([own, p])
+    theirs = triplet(z, i, indices_tuple=(i, i, n+cosines.argmax(1)), ref_emb=refs, ref_labels=torch.arange(len(refs)))
+    assert abs(phantom_loss(z, y, 'margin', margin=.7)-theirs).item()<1e-9
+
+def test_pull_is_centre_loss_around_the_batchs_own_means():
+    "For n of a class, (n/(n-1))**2 times half the squared distance to the class's mean"
+    z,y = batch([0]*4+[1]*4)
+    centres = torch.stack([z[y==c].mean(0) for c in (0,1)])
+    torch.testing.assert_close(phantom_loss(z, y, 'pull'), (4/3)**2*(z-centres[y]).square().sum(1).mean()/2)
+
+# Chosen subsets, earlier layers, and after training
+
+def test_the_nearest_are_the_nearest():
+    z,y = batch([0]*6+[1]*3)
+    p,_ = phantom_embeddings(z, y, 2, nearest=True)
+    for i in range(9):
+        others = sorted([j for j in range(9) if j!=i and y[j]==y[i]], key=lambda j: -cos(z[i], z[j]))[:2]
+        torch.testing.assert_close(p[i], z[others].mean(0))
+
+@pytest.mark.parametrize('mode', MODES)
+def test_phantoms_of_those_that_are_right(mode):
+    z,y = batch([0,0,0,1,1,1])
+    w = torch.randn(6, 3, generator=gen(3), dtype=torch.float64)
+    right = (z@w).argmax(1)==y
+    assert 0<right.sum()<6
+    r = phantom_loss(z, y, mode, lambda o: o@w, choose='right', n_classes=3)
+    p,valid = phantom_embeddings(z, y, right=right)
+    for i in range(6):
+        others = [j for j in range(6) if j!=i and y[j]==y[i] and right[j]]
+        assert valid[i].item()==bool(others)
+        if others: torch.testing.assert_close(p[i], z[others].mean(0))
+    if mode=='mix': torch.testing.assert_close(r, F.cross_entropy((.5*z+.5*p)[valid]@w, y[valid]))
+    if mode=='pull': torch.testing.assert_close(r, (z-p)[valid].square().sum(1).mean()/2)
+    shares_too = phantom_loss(z, F.one_hot(y, 3).double(), mode, lambda o: o@w, choose='right')
+    torch.testing.assert_close(r, shares_too, rtol=1e-7, atol=1e-9)
+
+def test_the_input_of_an_earlier_layer(tmp_path):
+    model = create_model('small_cnn', size=8, seed=0)
+    learn = learner(model, PhantomEmbeddings(.7, head='stage3'), bs=64)
+    learn.dls.train.shuffle = False
+    seen = []
+    learn.add_cb(Callback(after_pred=lambda cb: seen.append((cb.x, cb.y))))
+    learn.fit(1)
+    fresh = create_model('small_cnn', size=8, seed=0).train()
+    x,y = seen[0]
+    z = fresh[:2](x).flatten(2).mean(2)
+    assert abs(phantom_loss(z, y)-learn.phantom_embeddings.records[0][3]).item()<1e-5
+
+def test_combination_is_a_vote_about_the_likely_classes():
+    z,y = batch([i%4 for i in range(40)])
+    w = torch.randn(6, 4, generator=gen(3), dtype=torch.float64)
+    p,_ = class_phantoms(z, y)
+    head = lambda x: x@w
+    for likely in (1,2,4):
+        r = combine_with_phantoms(z, p, head, .4, likely, .2)
+        for i in range(40):
+            top = head(z[i]).topk(likely)[1].tolist()
+            v = torch.softmax(torch.tensor([cos(z[i], p[c])/.2 for c in top], dtype=torch.float64), 0)
+            torch.testing.assert_close(r[i], head(.6*z[i]+.4*sum(a*p[c] for a,c in zip(v, top))))
+    with pytest.raises(ValueError, match='likely=5'): combine_with_phantoms(z, p, head, likely=5)
+    with pytest.raises(ValueError, match='alpha=2'): combine_with_phantoms(z, p, head, alpha=2)
