@@ -15,6 +15,8 @@ from PIL import Image
 from torch import nn
 
 import phantom_nb.data.images as images
+from phantom_nb.experiments.run import Run
+from phantom_nb.experiments.runner import name_images
 from phantom_nb.data import (Augment, BatchTransforms, ImageDL, ImageSet, find_images, get_dls, load_dataset, long_tail, make_augment,
     noisy_labels, read_image, resized_crop_mat, split_pool)
 
@@ -383,3 +385,13 @@ def test_threads_that_start_at_once_decode_once(tmp_path, monkeypatch):
     monkeypatch.setattr(images, 'FileLock', Gate)
     with ThreadPoolExecutor(3) as pool: found = list(pool.map(lambda _: images.cached_images(files, 3, 8), range(3)))
     assert len(seen) == 4+1 and all(torch.equal(x, found[0]) for x in found) # one more for the shape
+
+def test_photos_that_results_name_are_found_where_data_sets_lie(tmp_path, monkeypatch):
+    tree(tmp_path/'trashnet', {'train/glass': 4, 'train/metal': 4, 'test/glass': 2, 'test/metal': 2})
+    assert load_dataset('trashnet', tmp_path, size=16).x_train.shape == (8,3,16,16)
+    run, = name_images([Run(data='trashnet', size=16)])
+    assert run.images == '' # known by name, like a public data set
+    monkeypatch.setenv('PHANTOM_NB_DATA', str(tmp_path))
+    assert get_dls('trashnet', size=16, n_valid=0, device='cpu').c == 2
+    monkeypatch.delenv('PHANTOM_NB_DATA')
+    with pytest.raises(FileNotFoundError, match="Thung and Yang"): load_dataset('trashnet')

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from ..checks import one_of
 from ..data.images import folder_digest
 from ..data.readers import is_folder
+from ..data.registry import PHOTOS
 from .checkpoint import Checkpoint
 from .engines import ENGINES, spread
 from .learner import NoValidation, StopAtLoss, evaluate, faster_precision # chkstyle: ignore-node
@@ -110,7 +111,8 @@ def name_images(
 )->list: # the same runs; those on a folder say which images lie in it
     "Write the digest of its images into each run on a folder (ours)."
     runs = list(runs)
-    digests = {data:folder_digest(data) for data in {run.data for run in runs if not run.images} if is_folder(data)}
+    folders = {run.data for run in runs if not run.images and is_folder(run.data) and run.data not in PHOTOS}
+    digests = {data:folder_digest(data) for data in folders}
     return [run if run.images or run.data not in digests else replace(run, images=digests[run.data]) for run in runs]
 
 SETTLED = 'data','model','width','depth','bs','size','compile'
