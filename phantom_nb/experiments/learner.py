@@ -31,6 +31,7 @@ from ..data import ImageData, ImageLoaders, get_dls, is_folder, load_dataset
 from ..data.images import folder_digest
 from .methods import Pieces, make_method
 from .optimizer import fused_adam, fused_sgd
+from .quantities import calibration_error, judge_spoilt, network_quantities
 from .run import Run, step_points
 from ..measures.embeddings import embedding_metrics, watch_head
 from ..models import create_model
@@ -288,7 +289,7 @@ def judge(
     with watch_head(learn.model, n_out=learn.dls.c) as seen: found = evaluate(learn.model, dl)
     if not found: return found
     z,logits = map(torch.cat, zip(*seen))
-    return found | embedding_metrics(z, logits, dl.dataset.y)
+    return found | embedding_metrics(z, logits, dl.dataset.y) | dict(ece=calibration_error(logits, dl.dataset.y).item())
 
 def measure_learner(
     learn:Learner, # trained
@@ -299,12 +300,13 @@ def measure_learner(
     train = dls.train.new(shuffle=False, augment=None, bs=dls.test.bs)
     found = dict(params=sum(p.numel() for p in learn.model.parameters()))
     if run.n_valid: found |= {'valid_'+k:v for k,v in judge(learn, dls.valid).items()}
-    if run.test or not run.n_valid: found |= judge(learn, dls.test)
+    if run.test or not run.n_valid: found |= judge(learn, dls.test) | judge_spoilt(learn.model, dls.test)
     seen = judge(learn, train)
     found |= {'train_'+k:v for k,v in seen.items() if k not in ('margins','confusion')} # rows stay small
     for cb in learn.cbs.filter(risinstance(Regularizer)):
         record = cb.to_frame()
         if len(record): found |= dict(penalty=float(record.penalty.iloc[-1]), share=float(record.share.mean()))
+    found |= network_quantities(learn.model, train, subclass=dls.train_ds.fine)
     return found | dict(n_train=len(dls.train_ds), source=dls.source)
 
 # %% ../../nbs/experiments/learner.ipynb #dab174ef
