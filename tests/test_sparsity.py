@@ -454,9 +454,9 @@ def test_monitor_reports_what_the_layers_did():
 def test_a_share_of_the_batches_is_watched():
     calls = []
     class Counting(SparsityMonitor):
-        def open(self):
-            calls.append((self.epoch, self.iter, self._now['split']))
-            super().open()
+        def after_pred(self):
+            if self.meters.split: calls.append((self.epoch, self.iter, self.meters.split))
+            super().after_pred()
     learner(Counting(share=.3), n_train=160).fit(2)
     assert [o[:2] for o in calls if o[2]=='train']==[(e,i) for e in (0,1) for i in (1,4,7)] and sum(o[2]=='valid' for o in calls)==2
 

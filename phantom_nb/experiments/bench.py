@@ -359,7 +359,10 @@ class TimedMonitor(SparsityMonitor):
     ):
         super().__init__()
         self.clock = clock
-        self.see = clock.wrap(self.see)
+
+    def choose(self, model):
+        super().choose(model)
+        self.meters.see = self.clock.wrap(self.meters.see)
 
     def __call__(self, event):
         f = super().__call__

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['overfit_onset', 'sparsity_alarm', 'loss_alarm', 'judge_alarm', 'heat_map', 'loss_curves', 'plot_record',
-           'plot_layer_curves', 'SparsityRecord', 'SparsityMonitor']
+           'plot_layer_curves', 'SparsityRecord', 'LayerMeters', 'SparsityMonitor']
 
 # %% ../../nbs/measures/sparsity_monitor.ipynb #0d01a181
 import math
@@ -210,6 +210,57 @@ class SparsityRecord:
     def _check_rows(self):
         if not self.rows: raise ValueError("SparsityMonitor has nothing to plot yet: fit first, or call end_epoch")
 
+# %% ../../nbs/measures/sparsity_monitor.ipynb #39ccf7b1
+class LayerMeters:
+    "Measure what goes through the activations of a network while its hooks are on (ours)."
+    def __init__(self,
+        model:nn.Module, # network to watch
+        layers:type|str|Callable|list|None=None, # see `select_layers`; None for all activations, modules and functions
+        act:Callable|None=None, # function of what the layers put out, for activations that are written by hand
+        channel_dim:int|None=None, # 1 or -1; None to go by the layers
+        images:int=64 # of a batch that are measured, >= 2; for `positions` a sixteenth of them
+    ):
+        self.watched = ActivationWatch(model, layers, channel_dim)
+        self.act = act
+        self.images = images
+        self.split = None # what the pass counts as, 'train' or 'valid'; None: it is not measured
+        self.found = {} # split -> name of a layer -> meter
+        self.hooks = None
+
+    def open(self):
+        "Take up the hooks."
+        self.close()
+        self.hooks = self.watched.watching(self.see)
+        self.hooks.__enter__()
+
+    def close(self):
+        "Take the hooks off."
+        if self.hooks: self.hooks.__exit__(None, None, None)
+        self.hooks = None
+
+    def see(self,
+        name:str, # of the layer
+        a:Tensor, # its activations
+        dim:int # axis of its channels, 1 or -1
+    ):
+        "Measure the first images of a batch."
+        if not self.split: return
+        a = a.detach()[:self.images]
+        meters = self.found.setdefault(self.split, {})
+        if name not in meters: meters[name] = SparsityMeter(dim)
+        meters[name].add(a if self.act is None else self.act(a), maps=-(-self.images//16))
+
+    def check(self):
+        "Raise a `ValueError` that says what to do if no activation was seen."
+        if not self.found: raise self.watched.nothing_seen()
+
+    def read(self)->list: # a dict a split and layer: split, layer, and the measures of `measure_sparsity`
+        "Read all meters, and begin anew."
+        rows = [dict(split=split, layer=name, **meter.values())
+            for split,meters in self.found.items() for name,meter in meters.items()]
+        self.found = {}
+        return rows
+
 # %% ../../nbs/measures/sparsity_monitor.ipynb #0d872cff
 class SparsityMonitor(SparsityRecord, TrainingCallback):
     "Record every layer's sparsity, correlation and dead filters each epoch, in fastai or any loop (Huesmann 2021)."
@@ -233,62 +284,30 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
         whole('window', window, at_least=1, what="a number of epochs")
         one_of('over', over, OVER)
         store_attr()
-        self._hooks = None
+        self.meters = None
+        self._on = False
         self.begin()
 
-    def begin(self):
-        "Start an empty record."
-        super().begin()
-        self._meters = {} # split -> name of a layer -> meter, of this epoch
-        self._now = dict(split='train', take=False) # a dict: fastai looks up every attribute that is set, slowly
-        self._on = False
-
-    # What is seen
     def choose(self,
         model:nn.Module # network to watch
     ):
         "Find the activations of a network."
-        self.watched = ActivationWatch(model, self.layers, self.channel_dim)
+        self.meters = LayerMeters(model, self.layers, self.act, self.channel_dim, self.images)
         self.compiled = is_compiled(model)
 
-    def open(self):
-        "Take up the hooks."
-        self.close()
-        self._hooks = self.watched.watching(self.see)
-        self._hooks.__enter__()
-
     def close(self):
-        "Take the hooks off."
-        if self._hooks: self._hooks.__exit__(None, None, None)
-        self._hooks = None
-
-    def see(self,
-        name:str, # of the layer
-        a:Tensor, # its activations
-        dim:int # axis of its channels, 1 or -1
-    ):
-        "Measure the first images of a batch."
-        if not self._now['take']: return
-        a = a.detach()[:self.images]
-        meters = self._meters.setdefault(self._now['split'], {})
-        if name not in meters: meters[name] = SparsityMeter(dim)
-        meters[name].add(a if self.act is None else self.act(a), maps=-(-self.images//16))
-
-    def _check_seen(self):
-        if not self._meters: raise self.watched.nothing_seen()
+        if self.meters: self.meters.close()
 
     def end_epoch(self,
         train_loss:float=math.nan, # mean training loss of the epoch
         valid_loss:float=math.nan # mean validation loss, if there is one
     ):
         "Close an epoch: keep its rows and losses; call it yourself in a loop of your own."
-        if self._hooks: self._check_seen()
+        if self.meters.hooks: self.meters.check()
         epoch = len(self.losses)
-        for split,meters in self._meters.items():
-            self.rows += [dict(epoch=epoch, split=split, layer=name, **m.values()) for name,m in meters.items()]
+        self.rows += [dict(epoch=epoch, **row) for row in self.meters.read()]
         self.losses.append(dict(epoch=epoch, train_loss=float(train_loss), valid_loss=float(valid_loss)))
-        self._meters = {}
-        if self._hooks: self.open() # in a loop of your own, hooks that turned out to be useless are left behind
+        if self.meters.hooks: self.meters.open() # hooks that turned out to be useless are left behind
         self.redraw(self.live, self.file)
 
     # In fastai
@@ -308,25 +327,25 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
     def before_batch(self):
         stride = max(1, self.n_iter//max(1, round(self.share*self.n_iter)))
         take = self._on and self.iter%stride==stride//2
-        self._now.update(take=take, split='train' if self.training else 'valid')
-        if take and not self.compiled: self.open()
+        self.meters.split = ('train' if self.training else 'valid') if take else None
+        if take and not self.compiled: self.meters.open()
 
     def after_pred(self):
         self.close()
-        if self._now['take'] and not self.compiled: self._check_seen()
+        if self.meters.split and not self.compiled: self.meters.check()
 
     def after_batch(self):
         if not self._on: return
         batch = (self.learn.loss.detach(), find_bs(self.yb or self.xb)) # on the device until the epoch ends
-        self._sums.setdefault(self._now['split'], []).append(batch)
-        if self._now['take'] and self.compiled: self._pass_again()
+        self._sums.setdefault('train' if self.training else 'valid', []).append(batch)
+        if self.meters.split and self.compiled: self._pass_again()
 
-    def _pass_again(self): # of a batch of a compiled network, eagerly
-        self.open()
+    def _pass_again(self): # a batch of a compiled network, eagerly
+        self.meters.open()
         try:
             with evaluating(self.model) as network: network(*self.xb)
         finally: self.close()
-        self._check_seen()
+        self.meters.check()
 
     def after_epoch(self):
         # an epoch that a resumed fit passes over has no sums, and leaves no row
@@ -346,13 +365,13 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
         if self.compiled:
             raise ValueError("the model is compiled and calls no hooks: watch it before compiling, or call "
                 "measure_sparsity after every epoch")
-        counts,every = dict(train=0, valid=0),max(1, round(1/self.share))
+        counts,every,meters = dict(train=0, valid=0),max(1, round(1/self.share)),self.meters
         def before_pass(module, args):
             split = 'train' if module.training else 'valid'
-            self._now.update(split=split, take=counts[split]%every==0 or split not in self._meters)
+            meters.split = split if counts[split]%every==0 or split not in meters.found else None
             counts[split] += 1
         handle = model.register_forward_pre_hook(before_pass)
-        self.open()
+        meters.open()
         try: yield self
         finally:
             self.close()
