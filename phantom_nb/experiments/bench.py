@@ -9,13 +9,13 @@ __all__ = ['PHANTOMS', 'BENCHES', 'device_or_default', 'best_seconds', 'plain_en
            'save_bench']
 
 # %% ../../nbs/experiments/bench.ipynb #b47c54d7
-import resource, subprocess, sys, tempfile, time
+import itertools, resource, subprocess, sys, tempfile, time
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd, torch
+import joblib, pandas as pd, torch
 from sklearn.metrics import silhouette_samples
 from sklearn.metrics.pairwise import cosine_distances
 from torch import Tensor, nn
@@ -112,13 +112,14 @@ def plain_epoch(
     x:Tensor, # (N,C,H,W) uint8 images
     y:Tensor, # (N,) int64 labels
     bs:int=128, # images a batch
-    bf16:bool=False # forward pass in bfloat16
+    bf16:bool=False, # forward pass in bfloat16
+    layout:torch.memory_format=torch.channels_last # of the images in memory; the network's should be the same
 )->float: # mean loss of the last batch
     "Train one epoch in plain PyTorch."
     model.train()
     mean,std = x.float().mean(),x.float().std()
     for i in torch.randperm(len(x), device=x.device).split(bs):
-        images = ((x[i].float()-mean)/std).to(memory_format=torch.channels_last)
+        images = ((x[i].float()-mean)/std).to(memory_format=layout)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): loss = F.cross_entropy(model(images), y[i])
         opt.zero_grad()
         loss.backward()
@@ -126,35 +127,45 @@ def plain_epoch(
     return loss.item()
 
 def _loop_row(run, root, device, seconds):
-    "Milliseconds an epoch of a run and of the plain loop, which take turns"
-    learn,other = [make_learner(run, root, device) for _ in range(2)]
+    "Milliseconds an epoch of a run, of the plain loop and of the same loop with channels first, which take turns"
+    learn = make_learner(run, root, device)
     x,y = learn.dls.train_ds.x,learn.dls.train_ds.y
-    opt = torch.optim.Adam(other.model.parameters(), run.lr)
-    def plain(): # two epochs, for the run saves its state between them
-        for _ in range(2): plain_epoch(other.model, opt, x, y, run.bs, run.precision=='bf16')
+    def plain(layout):
+        model = make_learner(run, root, device).model.to(memory_format=layout)
+        opt = torch.optim.Adam(model.parameters(), run.lr, fused=True)
+        def epochs(): # two, for the run may save its state between them
+            for _ in range(2): plain_epoch(model, opt, x, y, run.bs, run.precision=='bf16', layout)
+        return epochs
+    programs = partial(learn.fit, 2), plain(torch.channels_last), plain(torch.contiguous_format)
     with tempfile.TemporaryDirectory() as folder:
         Checkpoint(Path(folder)/'state.pth').resume(learn)
-        ours_time,plain_time = best_seconds(partial(learn.fit, 2), plain, seconds=seconds, rounds=3)
-    row = dict(model=run.model, n=len(x), bs=run.bs, precision=run.precision)
-    row |= dict(plain_ms=500*plain_time, ours_ms=500*ours_time)
+        ours_time,plain_time,first_time = best_seconds(*programs, seconds=seconds, rounds=3)
+    row = dict(model=run.model, data=run.data, n=len(x), bs=run.bs, precision=run.precision)
+    row |= dict(plain_ms=500*plain_time, ours_ms=500*ours_time, channels_first_ms=500*first_time)
     speeds = dict(plain_images_s=2*len(x)/plain_time, images_s=2*len(x)/ours_time)
-    return row | speeds | dict(overhead=ours_time/plain_time-1) | provenance(x.device)
+    ratios = dict(overhead=ours_time/plain_time-1, channels_last_gain=first_time/plain_time)
+    return row | speeds | ratios | provenance(x.device)
 
 def bench_loop(
     data:str='fashion_mnist', # a key of `DATASETS`
-    n_train:int=2048, # images an epoch
+    n_train:int|None=None, # images an epoch; None for 1,024, on a GPU 8,192
     root:str|Path|None=None, # folder to look for the data first
     device:str|torch.device|None=None, # None for the GPU if there is one
-    seconds:float=30., # how long to repeat each loop
-    models:Iterable=('small_cnn','resnet9','timm:efficientnet_lite0'), # networks, as `Run` names them
-    precisions:Iterable=('float32',) # 'float32', 'bf16'
-)->pd.DataFrame: # a row a network: milliseconds an epoch, images a second, overhead (0.1 for 10%), and what measured it
+    seconds:float=6., # how long to repeat each loop
+    models:Iterable=('small_cnn','resnet9','timm:tf_efficientnet_lite0'), # networks, as `Run` names them
+    precisions:Iterable=('float32','bf16'), # of the forward pass
+    threads:Iterable|None=None # numbers of CPU threads; None for 1 and all cores, on a GPU 1
+)->pd.DataFrame: # a row each: milliseconds an epoch, images a second, overhead (0.1 for 10%), and what measured it
     "Measure the training of a run against `plain_epoch`."
-    rows = []
-    for model in models:
-        for precision in precisions:
-            run = Run(data=data, n_train=n_train, model=model, bs=128, schedule='constant', precision=precision)
-            rows.append(_loop_row(run, root, device, seconds) | dict(data=data))
+    rows,before = [],torch.get_num_threads()
+    gpu = device_or_default(device).type=='cuda'
+    n_train = n_train or (8192 if gpu else 1024)
+    threads = threads or sorted({1, 1 if gpu else joblib.cpu_count(only_physical_cores=False)})
+    for n,model,precision in itertools.product(threads, models, precisions):
+        torch.set_num_threads(n)
+        run = Run(data=data, n_train=n_train, model=model, bs=128, schedule='constant', precision=precision)
+        rows.append(_loop_row(run, root, device, seconds))
+    torch.set_num_threads(before)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/bench.ipynb #21d6a414
