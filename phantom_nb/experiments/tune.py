@@ -118,8 +118,8 @@ def tune_one(
         study,done = open_study(path, name, {k:dict(run.settings).get(k, run.lr) for k in space})
         for i in range(trials):
             trial,values = (None,done[i]) if i<len(done) else ask(study, space, i, max(1, trials//2))
-            tried = with_values(base, values)
-            found = [run_one(replace(tried, seed=TRIAL_SEED+s), store, deadline=deadline, **kwargs) for s in range(seeds)]
+            tried = [replace(with_values(base, values), seed=TRIAL_SEED+s) for s in range(seeds)]
+            found = [run_one(one, store, deadline=deadline, **kwargs) for one in tried]
             if None in found: break
             if trial: study.tell(trial, sum(row.get('valid_accuracy') or 0. for row in found)/seeds)
             rows += [dict(row, trial=i, study=name, space=space) for row in found]
