@@ -46,6 +46,53 @@ def test_tuning_leaves_several_values_of_other_settings(tmp_path):
     (tmp_path/'x.toml').write_text('methods = ["mhe"]\nepochs = [1, 2]\n[settings.mhe]\ns = [0, 2]\n[tune]')
     assert len(load_sweep(tmp_path/'x.toml').runs)==20
 
+def test_all_that_is_wrong_in_a_file_is_said_at_once(tmp_path):
+    (tmp_path/'x.toml').write_text('epoch = 3\nlr = "fast"\nmethods = ["mpu", "mixup"]\nn_train = []\n[settings.mixup]\nalpha = -1\n[tune]\ntrial = 3\nseeds = 0\n')
+    with pytest.raises(ValueError) as e: load_sweep(tmp_path/'x.toml')
+    for what in ("did you mean 'epochs'", "lr='fast'", "method='mpu'", 'n_train=[]', "alpha=-1", "did you mean 'trials'", 'seeds=0'): assert what in str(e.value), what
+    assert str(e.value).count('x.toml')==1
+
+@pytest.mark.parametrize('line,hint', [('lr = 1.', 'write 1.0 for 1.'), ('lr = [.1, .2]', '0.5 for .5'), ('methods = [none, mixup]', 'a name stands in quotes'),
+    ('data = digits', 'a name stands in quotes'), ('seeds = 3\nseeds = 4', 'a key is there twice')], ids=str)
+def test_slips_of_toml_are_explained(line, hint, tmp_path):
+    (tmp_path/'x.toml').write_text(line)
+    with pytest.raises(ValueError) as e: load_sweep(tmp_path/'x.toml')
+    assert hint in str(e.value)
+
+@pytest.mark.parametrize('spec,what', [('seeds = 1000000000', 'seeds=1000000000'), ('seeds = 1000\nlr = [' + ','.join(['0.01']*1000) + ']', 'that is too many'),
+    ('[tune]\nlr = [1, 0.1, "log"]', 'write it like [0.001, 0.03, "log"]'), ('runs = []', 'runs=[]'), ('experiment = "../up"', "experiment='../up'")], ids=str)
+def test_absurd_files_are_refused_quickly(spec, what, tmp_path):
+    (tmp_path/'x.toml').write_text(spec)
+    start = time.time()
+    with pytest.raises(ValueError, match=re.escape(what)): load_sweep(tmp_path/'x.toml')
+    assert time.time()-start<10
+
+def test_settings_reach_a_method_inside_a_combination():
+    s = parse_sweep(dict(methods=['half_mhe','mixup+half_mhe'], seeds=1, settings={'half_mhe':dict(s=0., lam=[.1,1.]), 'mixup+half_mhe':{'half_mhe.lam':2.}}))
+    found = [(run.method, {k.split('.')[-1]:v for k,v in run.settings}) for run in s.runs]
+    assert [(m, v['lam'], v['s']) for m,v in found]==[('half_mhe',.1,0.), ('half_mhe',1.,0.), ('mixup+half_mhe',2.,0.)]
+
+def test_settings_of_an_absent_method_are_refused():
+    with pytest.raises(ValueError, match='settings.mhe: mhe is not among the methods'): parse_sweep(dict(methods=['none'], settings=dict(mhe=dict(lam=1.))))
+    tables = [dict(methods=['mhe']), dict(methods=['none','dropout+half_mhe'])]
+    assert parse_sweep(dict(runs=tables, settings=dict(mhe=dict(lam=1.), half_mhe=dict(lam=2.)))).runs
+    with pytest.raises(ValueError, match='settings.mhe'): parse_sweep(dict(runs=[tables[0], tables[1] | dict(settings=dict(mhe=dict(lam=1.)))]))
+
+@pytest.mark.parametrize('tune', [{}, dict(tune=dict(trials=1, n_valid=20, seeds=1))], ids=['plain','tuned'])
+def test_interrupted_sweep_keeps_its_rows(tune, tmp_path):
+    "What is in after Ctrl-C is written, also what an earlier sitting left; rows of another file are not among them"
+    spec = dict(methods=['none','dropout'], seeds=3, epochs=1, n_train=40, **tune)
+    run_sweep(parse_sweep(dict(spec, seeds=1, epochs=2)), tmp_path, jobs=1)
+    old = set(load_results(tmp_path/'results.jsonl').key)
+    for n in (2,1):
+        told = []
+        def stop(row):
+            told.append(row['key'])
+            if len(told)==n: raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt): run_sweep(parse_sweep(spec), tmp_path, jobs=1, on_row=stop)
+        assert set(load_results(tmp_path/'results.jsonl').key)>=set(told) and len(load_results(tmp_path/'results.jsonl'))==2
+    assert not old & set(load_results(tmp_path/'results.jsonl').key)
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='does not exist'): load_sweep(tmp_path/'none.toml')
 

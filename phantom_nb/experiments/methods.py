@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..checks import number, one_of, whole
+from ..checks import number, one_of, true_or_false, whole
 
 # %% ../../nbs/experiments/methods.ipynb #83195c46
 @dataclass(frozen=True)
@@ -38,13 +38,18 @@ class Method:
     rival:bool = False # stands beside the papers: `compare` takes it where it is named
 
 # %% ../../nbs/experiments/methods.ipynb #1ffba992
+def _weight_decay(wd, decouple=True):
+    return Pieces(wd=number('wd', wd, at_least=0), decouple=true_or_false('decouple', decouple))
+
+def _dropout(p): return Pieces(dropout=number('p', p, at_least=0, below=1))
+
 def _label_smoothing(eps):
     from fastai.losses import LabelSmoothingCrossEntropyFlat
-    return Pieces(loss_func=LabelSmoothingCrossEntropyFlat(eps=eps))
+    return Pieces(loss_func=LabelSmoothingCrossEntropyFlat(eps=number('eps', eps, at_least=0, below=1)))
 
 def _mixup(alpha):
     from fastai.callback.mixup import MixUp
-    return Pieces(cbs=(MixUp(alpha),))
+    return Pieces(cbs=(MixUp(number('alpha', alpha, above=0)),))
 
 def _mhe(**settings):
     from phantom_nb.regularizers.hyperspherical import MHE
@@ -79,8 +84,8 @@ def _energy(about, make): return Method(about, dict(lam=1., s=2.), make, ENERGY,
 METHODS = dict( # chkstyle: ignore-node
     none=Method("plain training", {}, lambda: Pieces()),
     weight_decay=Method("decoupled weight decay (Loshchilov and Hutter 2019); decouple=False: L2", dict(wd=.1),
-        lambda wd, decouple=True: Pieces(wd=wd, decouple=decouple), dict(wd=(1e-3, 1., 'log')), dict(decouple=True)),
-    dropout=Method("dropout before the classifier (Srivastava et al. 2014)", dict(p=.5), lambda p: Pieces(dropout=p),
+        _weight_decay, dict(wd=(1e-3, 1., 'log')), dict(decouple=True)),
+    dropout=Method("dropout before the classifier (Srivastava et al. 2014)", dict(p=.5), _dropout,
         dict(p=(.1, .8, 'linear'))),
     label_smoothing=Method("soft targets (Szegedy et al. 2016)", dict(eps=.1), _label_smoothing,
         dict(eps=(.01, .4, 'log'))),
@@ -125,7 +130,7 @@ def _callback(module, name, **given):
 
 def _cutmix(alpha):
     from fastai.callback.mixup import CutMix
-    return Pieces(cbs=(CutMix(alpha),))
+    return Pieces(cbs=(CutMix(number('alpha', alpha, above=0)),))
 
 def _norm(kind):
     from phantom_nb.models import NORMS
