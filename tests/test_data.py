@@ -18,8 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-import phantom_nb.data.loaders as loaders
-import phantom_nb.data.readers as readers
+from phantom_nb.data import loaders, readers
 from phantom_nb.data import (Augment, DATASETS, ImageData, ImageDL, ImageLoaders, ImageSet, available, balanced_subset,
     channel_stats, get_dls, load_dataset, read_idx, split_pool)
 

