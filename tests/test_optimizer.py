@@ -4,6 +4,7 @@ from functools import partial
 import fastai.optimizer as theirs
 import pytest, torch
 from fastai.basics import Learner, no_random
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from phantom_nb.data import get_dls
 from phantom_nb.experiments.learner import OPTIMIZERS, make_learner
@@ -97,3 +98,15 @@ def test_a_training_that_diverges_ends_after_the_epoch():
     learn = make_learner(Run(n_train=40, epochs=5, lr=1e30), device='cpu')
     learn.fit(5)
     assert learn.epoch < 4
+
+@pytest.mark.parametrize('make', [fused_adam, fused_sgd])
+def test_a_step_never_waits_for_a_gpu(make):
+    "On fake CUDA tensors, reading a value is an error"
+    with FakeTensorMode(), torch.device('cuda'):
+        weights = list(create_model('resnet9', n_in=3, n_out=10, size=(32,32), width=.25).parameters())
+        opt = make(weights, lr=.01, wd=.1)
+        for _ in range(2):
+            for p in weights: p.grad = torch.zeros_like(p)
+            opt.step()
+            opt.zero_grad()
+        assert all(v.device.type=='cuda' for state in opt.state.values() for v in state.values())
