@@ -99,12 +99,11 @@ def test_a_training_that_diverges_ends_after_the_epoch():
     learn.fit(5)
     assert learn.epoch < 4
 
-@pytest.mark.parametrize('make', [fused_adam, fused_sgd])
-def test_a_step_never_waits_for_a_gpu(make):
+def test_a_step_never_waits_for_a_gpu():
     "On fake CUDA tensors, reading a value is an error"
     with FakeTensorMode(), torch.device('cuda'):
         weights = list(create_model('resnet9', n_in=3, n_out=10, size=(32,32), width=.25).parameters())
-        opt = make(weights, lr=.01, wd=.1)
+        opt = fused_adam(weights, lr=.01, wd=.1)
         for _ in range(2):
             for p in weights: p.grad = torch.zeros_like(p)
             opt.step()
