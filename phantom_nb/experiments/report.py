@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HOUSE', 'BETTER', 'WORSE', 'NEITHER', 'COLOURS', 'LEGEND', 'FRONT', 'house_style', 'Unit', 'unit_of', 'metric_words',
            'span', 'each_comparison', 'verdict', 'text_cells', 'as_rich', 'as_markdown', 'forest', 'plot_comparison',
-           'plot_comparisons', 'filter_rows', 'tell_apart', 'direction_words', 'show_results', 'save_figure',
-           'run_title', 'write_report', 'show_comparison', 'front_figure']
+           'plot_comparisons', 'filter_rows', 'tell_apart', 'run_labels', 'direction_words', 'show_results',
+           'save_figure', 'run_title', 'write_report', 'show_comparison', 'front_figure']
 
 # %% ../../nbs/experiments/report.ipynb #3f71e30a
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.resources import files
 from pathlib import Path
 from textwrap import fill
@@ -111,7 +111,10 @@ def verdict(
     if table.index.nlevels>1: return '\n'.join(f"{name}: {verdict(part)}" for name,part in each_comparison(table))
     what,unit = about(table),unit_of(table)
     compared = table.dropna(subset='diff')
-    if not len(compared): return f"Nothing can be compared with {what['baseline']}: no two runs share a seed."
+    if not len(compared):
+        there = table.runs.get(what['baseline'], 0) > 0
+        why = "no two runs share a seed" if there else "no run of it is here"
+        return f"Nothing can be compared with {what['baseline']}: {why}."
     top = compared.sort_values('diff', ascending=not what['higher_is_better']).iloc[0]
     ahead = (top['diff']>0)==what['higher_is_better']
     size = span(*(unit.factor*top[column] for column in DIFFERENCE), '+'+unit.digits, unit.difference)
@@ -325,6 +328,21 @@ def tell_apart(
     for column in columns: over += _varying(everything, [column], [*over, 'settings', 'method', 'seed'])
     if not _varying(everything, ['settings'], [*over, 'method', 'seed']): return df,over
     return df.assign(method=(df.method+' '+_settings_words(df, over)).str.strip()),over
+
+def run_labels(
+    runs:Iterable # `Run`s
+)->dict: # key -> such as 'digits 40 mhe lam=0.1 seed 0', with what varies among the runs
+    "Name each run by what tells it from the others (ours)."
+    rows = [{**asdict(run), 'settings':dict(run.settings), 'key':run.key} for run in runs]
+    df,over = tell_apart(pd.DataFrame(rows).drop(columns='images'))
+    varying = [column for column in over if df[column].nunique(dropna=False)>1]
+    labels = {}
+    for row in df.to_dict('records'):
+        words = [Path(row[column]).name if column=='data' else _value_words(row[column]) for column in varying]
+        labels[row['key']] = ' '.join([*words, row['method'], f"seed {row['seed']}"])
+    return labels
+
+def _value_words(value): return 'all' if pd.isna(value) else f'{value:g}' if isinstance(value, float) else str(value)
 
 # %% ../../nbs/experiments/report.ipynb #e51bef4e
 LEGEND = ("95% intervals, one by one; shown: verdicts on all methods at once (Holm); differences are paired by seed; "
