@@ -26,10 +26,12 @@ from ..measures.embeddings import apply_head, as_embeddings, find_head
 from ..measures.embeddings import interclass_similarity # chkstyle: ignore
 from ..measures.embeddings import n_outputs
 from .phantoms import MODES, check_form, class_counts, phantom_loss # chkstyle: ignore
-from .phantoms import class_phantoms, combine_with_phantoms, phantom_embeddings # chkstyle: ignore
+from .phantoms import class_phantoms, combine_with_phantoms # chkstyle: ignore
+from .phantoms import phantom_embeddings # chkstyle: ignore
 
 # %% ../../nbs/regularizers/phantom.ipynb #d9fb7c01
-_all_ = ['MODES', 'phantom_loss', 'class_phantoms', 'combine_with_phantoms', 'phantom_embeddings', 'interclass_similarity']
+_all_ = ['MODES', 'phantom_loss', 'class_phantoms', 'combine_with_phantoms', 'phantom_embeddings',
+    'interclass_similarity']
 
 # %% ../../nbs/regularizers/phantom.ipynb #41ff7ddf
 def read_labels(
@@ -102,7 +104,7 @@ class ClassQueue:
     def restored(cls,
         state:dict, # as `state` gave
         size:int # embeddings kept of each class
-    )->'ClassQueue':
+    )->'ClassQueue': # that goes on
         "Make a queue that goes on with a state; raise a `ValueError` if it held another number."
         n_classes,(rows,dim) = len(state['count']),state['z'].shape
         if rows!=n_classes*size+1:
@@ -174,7 +176,7 @@ class EmbeddingRegularizer(Regularizer):
         "List the callbacks that mix labels (fastai)."
         return [cb for cb in getattr(self, 'cbs', None) or [] if isinstance(cb, MixHandler)]
 
-    def batch(self)->tuple: # embeddings (B,D), classes (B,) or shares (B,C), number of classes, of all processes together
+    def batch(self)->tuple: # embeddings (B,D), classes (B,) or shares (B,C), number of classes; of all processes
         "Gather the embeddings and labels of the batch; raise a `ValueError` for what are none."
         (name,head), = self.selected.items()
         if len(self.seen)!=1:

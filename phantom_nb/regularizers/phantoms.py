@@ -69,7 +69,7 @@ def class_counts(
 
 # %% ../../nbs/regularizers/phantoms.ipynb #63f8d225
 def _average(counts, k=None, keys=None):
-    """Weights (R,N) of the columns that count in each row, at most `k`, those with the largest keys; whether any counts.
+    """Weights (R,N) of the columns that count in each row, and whether any does: at most `k`, with the largest keys.
     A row adds up to 1, or to 0 where none counts."""
     some = (counts>0).any(1)
     weights = counts
@@ -303,7 +303,7 @@ def combine_with_phantoms(
     likely:int=2, # classes that the head finds likeliest, 1 to C
     tau:float=.1 # temperature of the weights, > 0
 )->Tensor: # (N,C) logits
-    "Classify a combination of an embedding and the phantoms of its likely classes (equation 16; Arif 2023, reading ours)."
+    "Classify an embedding combined with phantoms of its likely classes (equation 16; Arif 2023, reading ours)."
     number('alpha', alpha, at_least=0, at_most=1)
     number('tau', tau, above=0, what='a temperature')
     classes = head(z).topk(whole('likely', likely, at_most=len(p_class)), 1)[1]
