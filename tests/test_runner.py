@@ -336,3 +336,13 @@ def test_command_line_refuses_with_a_sentence(args, what, tmp_path, capsys, monk
     err = ' '.join(capsys.readouterr().err.split())
     assert e.value.code==2 and what in err and 'Traceback' not in err
     assert not (tmp_path/'compare').exists()
+
+def test_a_data_set_is_loaded_once_a_process_and_a_folder_every_time(tmp_path, monkeypatch):
+    seen,load = [],learner.load_dataset
+    monkeypatch.setattr(learner, 'load_dataset', lambda name, *args, **kwargs: seen.append(str(name)) or load('digits'))
+    learner._known_data.cache_clear()
+    for _ in range(2):
+        make_learner(QUICK, device='cpu')
+        learner.load_data(replace(QUICK, data=str(tmp_path)))
+    learner._known_data.cache_clear()
+    assert seen.count('digits')==1 and seen.count(str(tmp_path))==2
