@@ -20,8 +20,8 @@ from .projections import split_coordinates
 
 # %% ../../nbs/regularizers/comhe.ipynb #c8cd5519
 DEFAULTS = dict(random=dict(k=40, m=1, redraw=1, steps=0), expected=dict(k=40, m=1, redraw=0, steps=0),
-    angle=dict(k=30, m=1, redraw=0, steps=1), adversarial=dict(k=30, m=1, redraw=0, steps=1),
-    group=dict(k=9, m=8, redraw=1, steps=0))
+    angle=dict(k=30, m=1, redraw=0, steps=1, unrolled=True), group=dict(k=9, m=8, redraw=1, steps=0),
+    adversarial=dict(k=30, m=1, redraw=0, steps=1, unrolled=True), learned=dict(k=30, m=1, redraw=0, steps=1))
 ROLES = 'project','half','full','skip'
 
 class CoMHE(MHE):
@@ -29,13 +29,14 @@ class CoMHE(MHE):
     p_wd = 5e-7 # weight decay of learned projections, the authors' 1e-3*5e-4
 
     def __init__(self,
-        projection:str='random', # 'random', 'expected', 'angle', 'adversarial' or 'group'
+        projection:str='random', # 'random', 'expected', 'angle', 'adversarial', 'learned' or 'group'
         lam:float|Callable=1., # weight >= 0, or an annealer
         k:int|None=None, # dimensions to project to, or coordinates a group (rounded up to whole channels), >= 1
         m:int|None=None, # projections of a layer, >= 1; or groups that are drawn, 0 for all of them
         redraw:int|None=None, # steps from one random draw to the next, >= 0; 0 for never
         steps:int|None=None, # updates of a learned projection a step, >= 0
-        unrolled:bool=True, # one more update inside the penalty, for learned projections
+        unrolled:bool|None=None, # one more update inside the penalty, for projections with `steps`
+        per_neurons:int=0, # `m` is neurons // this (the authors' pnd), >= 0; 0 for `m`
         reduce:str='mean', # over the m projections: 'mean' or 'max'
         share_basis:bool=False, # layers of equal fan-in share their projections
         first_layer:str='half', # 'half' or 'full' space without projection, 'project' or 'skip'
@@ -44,11 +45,11 @@ class CoMHE(MHE):
         seed:int=0, # of the generator that projections and groups are drawn from, >= 0
         half_space:bool=True, # half-space energy for hidden layers
         **kwargs # s, angular, hidden, output, eps, every and layers of `MHE`
-    ): # k, m, redraw and steps: None as in `DEFAULTS`
+    ): # k, m, redraw, steps and unrolled: None as in `DEFAULTS`
         super().__init__(lam, half_space=half_space, **kwargs)
-        defaults = DEFAULTS[one_of('projection', projection, DEFAULTS)]
-        given = dict(k=k, m=m, redraw=redraw, steps=steps)
-        k,m,redraw,steps = [defaults[name] if value is None else value for name,value in given.items()]
+        defaults = dict(unrolled=False) | DEFAULTS[one_of('projection', projection, DEFAULTS)]
+        given = dict(k=k, m=m, redraw=redraw, steps=steps, unrolled=unrolled)
+        k,m,redraw,steps,unrolled = [defaults[name] if value is None else value for name,value in given.items()]
         store_attr('projection,unrolled,reduce,share_basis,first_layer,output_layer,p_lr,seed')
         one_of('reduce', reduce, REDUCE)
         one_of('first_layer', first_layer, ROLES)
@@ -60,6 +61,9 @@ class CoMHE(MHE):
         whole('seed', seed, at_least=0)
         if p_lr is not None: number('p_lr', p_lr, at_least=0, what="None for the network's rate, or a number")
         self.learns = projection in SLOPES
+        self.per_neurons = whole('per_neurons', per_neurons, at_least=0)
+        if per_neurons and (projection in ('expected','group') or share_basis):
+            raise ValueError(f"per_neurons={per_neurons!r}: only layers with projections of their own count them")
         if self.p_steps and not self.learns:
             raise ValueError(f"steps={steps!r}: {projection!r} projections have nothing to learn, leave it out")
         if projection=='expected' and (m>1 or redraw):
@@ -83,8 +87,8 @@ class CoMHE(MHE):
         **kwargs # further options of `CoMHE`
     ): # the callback
         "Make `CoMHE` as the authors ran it: their epsilon, number of projections and rate (rmlin/CoMHE at 4ac9898)."
-        many = dict(random=dict(m=20), adversarial=dict(steps=10), group=dict(m=0, redraw=0)).get(projection, {})
-        return cls(projection, lam, **{'eps':1e-4, 'p_lr':None, **many, **kwargs})
+        theirs = dict(random=dict(m=20, share_basis=True), adversarial=dict(steps=10), group=dict(m=0, redraw=0))
+        return cls(projection, lam, **{'eps':1e-4, 'p_lr':None, **theirs.get(projection, {}), **kwargs})
 
     # Before a fit
     def n_groups(self,
@@ -94,6 +98,12 @@ class CoMHE(MHE):
         "Count the groups of coordinates of a layer."
         area = math.prod(getattr(self.selected[name], 'kernel_size', (1,)))
         return -(-fan_in // (area*-(-self.k//area)))
+
+    def n_projections(self,
+        stack:Stack # layers of one shape
+    )->int: # >= 1
+        "Count the projections of a layer: `m`, or one for so many neurons."
+        return max(1, stack.shape[1]//self.per_neurons) if self.per_neurons else self.m
 
     def role(self,
         name:str, # of a layer
@@ -125,7 +135,9 @@ class CoMHE(MHE):
             if stack.role!='project': continue
             d = stack.shape[2]
             if self.projection=='group': shapes[stack] = self.n_groups(names[0], d)
-            else: shapes[self.key(stack)] = (1 if self.share_basis else len(names), self.m, self.k, d)
+            else:
+                layers = 1 if self.share_basis else len(names)
+                shapes[self.key(stack)] = (layers, self.n_projections(stack), self.k, d)
         state = self._saved or (self.state_dict() if self._shapes==shapes else None)
         self._shapes = shapes # stack -> number of groups; else stack, or fan-in, -> shape of its projections
         self._saved = self._advanced_at = None
@@ -195,7 +207,7 @@ class CoMHE(MHE):
     def steps_of_basis(self,
         ws:dict, # Stack -> (l,g,n,d) neurons
         cs:list|None # of (l,g,n,n) cosines to preserve
-    )->dict: # key -> (l,m,k,d) a step of the projections, against the distortion or up the energy
+    )->dict: # key -> (l,m,k,d) a step of the projections, against the distortion, up or down the energy
         "Compute a step, summed over the stacks that share their projections (eq. 8, 11)."
         slopes,sign = SLOPES[self.projection]
         keys = [self.key(stack) for stack in ws]

@@ -309,12 +309,19 @@ class MHE(Regularizer):
         ws = [weight_view(self.selected[name])[None] for name in names]
         return torch.cat(ws) if len(ws)>1 else ws[0]
 
+    def layer_energies(self,
+        w:Tensor, # (g,n,d) neurons of layers of one shape, group after group
+        stack:Stack # what they are
+    )->Tensor: # (g,)
+        "Compute the energy of each group."
+        return hyperspherical_energy(w, self.s, stack.role=='half', self.angular, self.eps, each=True)
+
     def stack_energies(self)->dict: # Stack -> energies (l,) of its layers
         "Compute the energies of all stacks, each in one go."
         energies = {}
         for stack,names in self.stacks.items():
             w = self.stack_weights(names).flatten(0, 1) # (l*g,n,d)
-            e = hyperspherical_energy(w, self.s, stack.role=='half', self.angular, self.eps, each=True)
+            e = self.layer_energies(w, stack)
             energies[stack] = e if stack.shape[0]==1 else e.view(len(names), -1).mean(1)
         return energies
 

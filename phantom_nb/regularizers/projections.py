@@ -199,7 +199,8 @@ def energy_slopes(
     vs = _batched(slope, [y.flatten(0, 2) for y in ys])
     return [gradient_in_p(v.view(y.shape)/y.shape[2], w) for v,y,w in zip(vs, ys, ws)]
 
-SLOPES = dict(angle=(angle_slopes, -1), adversarial=(energy_slopes, 1)) # and which way to go
+# and which way to go
+SLOPES = dict(angle=(angle_slopes, -1), adversarial=(energy_slopes, 1), learned=(energy_slopes, -1))
 
 # %% ../../nbs/regularizers/projections.ipynb #f4e5db03
 def adversarial_energy(
