@@ -10,15 +10,16 @@ __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', '
            'compare', 'sweep', 'results', 'data_command', 'bench', 'measure', 'gpu', 'main']
 
 # %% ../nbs/cli.ipynb #3b88872f
-import os, re, sys
+import inspect, os, re, sys, warnings
+from itertools import starmap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple, get_args
 
 import typer
 from rich.console import Console
 
 from . import __version__
-from .checks import one_of, whole
+from .checks import Refusals, one_of, whole
 from .experiments.methods import METHODS, method_parts
 from .experiments.run import DATA_NAMES, MODEL_NAMES, Run, check_data, check_model
 
@@ -33,11 +34,6 @@ def seconds_of(
     total = 3600*hours+60*minutes+seconds
     if total>0: return total
     raise ValueError(f"--time-budget {text!r}: write a duration such as 90s, 30m, 2h or 1h30m")
-
-def _words(seconds:float)->str:
-    "Write a duration for people"
-    if seconds<90: return f"{seconds:.0f} s"
-    return f"{seconds/60:.0f} min" if seconds<5400 else f"{seconds/3600:.1f} h"
 
 # %% ../nbs/cli.ipynb #73412cfd
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -68,8 +64,91 @@ Precision = Annotated[str, _option("float32, bf16, or auto: what a few timed ste
 Out = Annotated[Path|None, _option("Folder for the results. Default: compare/DATA-N_TRAIN.")]
 Root = Annotated[Path|None, _option("Folder to look for the data first.")]
 Jobs = Annotated[int|None, _option("Runs at a time. Default: one a core, or four a GPU.")]
-Budget = Annotated[str|None, _option("Time for everything, such as 30m or 2h; "
+Budget = Annotated[str|None, _option("Time for everything, such as 30m or 2h (45 is seconds); "
     "what does not fit is left out, and said.")]
+
+# %% ../nbs/cli.ipynb #67c05778
+_SLIPS = [] # what is wrong with the words of the command line, for the command's own checks
+
+def _checks()->Refusals:
+    "A block of checks that begins with what is wrong with the words of the command line"
+    check = Refusals()
+    check.refuse(*_SLIPS)
+    return check
+
+class _Word(NamedTuple):
+    "What a word of the command line may be: an option or a place."
+    name:str # as it is written
+    kinds:tuple # types of its value
+    needed:bool # must it be given?
+    about:str # help
+
+    @property
+    def flag(self): return bool in self.kinds
+
+    def refuse_unreadable(self, value):
+        "Refuse a value that is no number where one is expected"
+        for kind,what in ((int, 'a whole number'), (float, 'a number')):
+            if kind not in self.kinds: continue
+            try: return kind(value)
+            except ValueError as e: raise ValueError(f"{self.name} {value!r}: give {what}") from e
+
+def _words_of(command):
+    "Options by name, and places, of a command's function"
+    options,places = {},[]
+    for name,param in inspect.signature(command).parameters.items():
+        kind,info = get_args(param.annotation)
+        needed,kinds = param.default is param.empty, get_args(kind) or (kind,)
+        option = isinstance(info, typer.models.OptionInfo)
+        word = _Word(f"--{name.replace('_', '-')}" if option else name.upper(), kinds, needed, info.help)
+        if not option: places.append(word)
+        else: options |= {word.name:word} | ({f"--no-{word.name[2:]}":word} if word.flag else {})
+    return options,places
+
+def _option_words(word, words, options, check, behind):
+    "What is kept of an option and its value; the value is taken from the words that follow"
+    name,sign,value = word.partition('=')
+    n = len(check.sentences)
+    if name not in options:
+        check(one_of, 'option', name, options)
+        if not sign and behind and words and not words[0].startswith('-'): words.pop(0) # its value
+    elif options[name].flag:
+        if sign: check.refuse(f"{word}: give {name} alone")
+        return [] if sign else [name]
+    elif not sign and not words: check.refuse(f"{name}: give a value behind it")
+    else:
+        value = value if sign else words.pop(0)
+        check(options[name].refuse_unreadable, value)
+    return [f'{name}={value}'] if len(check.sentences)==n else []
+
+def _known_words(command, words, check):
+    "The words that options or places read; all others are refused"
+    options,places = _words_of(command)
+    kept,given,words = [],[],list(words)
+    while words:
+        word = words.pop(0)
+        if word.startswith('-') and word!='-': kept += _option_words(word, words, options, check, len(given)>=len(places))
+        else: given.append(word)
+    if len(given)>len(places): check.refuse(f"{' '.join(given[len(places):])!r}: nothing is expected here")
+    lost = [place for place in places[len(given):] if place.needed]
+    for place in lost: check.refuse(f"{place.name} is missing: {place.about}")
+    return [*given[:len(places)], *kept], not lost
+
+def _understood(
+    args:list # words behind `phantom_nb`
+)->list: # the words that are right
+    "Keep in `_SLIPS` what is wrong with the words; raise a `Refused` if the command cannot check the rest (ours)."
+    _SLIPS.clear()
+    if not args or '--help' in args or '--version' in args: return args
+    commands = {command.name or command.callback.__name__:command.callback for command in app.registered_commands}
+    if args[0].startswith('-'): one_of('option', args[0], ['--help','--version'])
+    with Refusals() as check:
+        check(one_of, 'command', args[0], commands)
+        good,complete = _known_words(commands[args[0]], args[1:], check) if args[0] in commands else ([], False)
+        if complete: # the command goes on with its own checks
+            _SLIPS.extend(check.sentences)
+            check.sentences.clear()
+    return [args[0], *good]
 
 # %% ../nbs/cli.ipynb #c63db5bc
 def _cell(value):
@@ -94,12 +173,14 @@ def _wide_console():
 
 class _Watch:
     "Tell about every run as it comes in"
-    def __init__(self, n, console, setting=False):
+    def __init__(self, n, console, runs):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress
         from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from phantom_nb.experiments.report import run_labels
         self.n,self.i = n,0
         self.console = console
-        self.setting = setting # name the data set too
+        self.labels = run_labels(runs)
+        self.settings = len({(run.data, run.n_train) for run in runs}) # tuned runs have other keys
         columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn())
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -118,8 +199,8 @@ class _Watch:
         self.console.print(told, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def __call__(self, row):
-        what = f"{row['method']} seed {row['seed']}"
-        if self.setting: what = f"{Path(row['data']).name} {row['n_train']} {what}"
+        what = self.labels.get(row['key']) or f"{row['method']} seed {row['seed']}"
+        if row['key'] not in self.labels and self.settings>1: what = f"{Path(row['data']).name} {row['n_train']} {what}"
         if row['status']!='done': return self.step(what, f"{row['status']} {row.get('error') or ''}", True, 'red')
         accuracy = row.get('accuracy', row.get('valid_accuracy'))
         self.step(what, f"{100*accuracy:.1f}% in {row['seconds']:.1f} s")
@@ -127,21 +208,39 @@ class _Watch:
     def study(self, df):
         if not len(df) or not df.chosen.any(): return
         row = df[df.chosen].iloc[0]
-        found = ', '.join(f'{k}={v}' for k,v in {'lr':row.lr, **row.settings}.items())
+        chosen = {'lr':row.lr, **row.settings}
+        found = ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in chosen.items())
         self.step(f"tuned {row.method} on {row.data} {row.n_train}", found)
 
 # %% ../nbs/cli.ipynb #379c466c
+def _check_root(root):
+    if root is None or root.expanduser().is_dir(): return
+    raise ValueError(f"root={str(root)!r} is not a folder")
+
+def _check_folder(name, folder):
+    "Refuse a folder that cannot be written, before anything is computed for it"
+    found = folder.expanduser().absolute()
+    while not found.exists() and found!=found.parent: found = found.parent
+    if not found.is_dir(): raise ValueError(f"{name}={str(folder)!r}: {str(found)!r} is a file, give a folder")
+    if not os.access(found, os.W_OK|os.X_OK): raise ValueError(f"{name}={str(folder)!r}: {str(found)!r} cannot be written")
+
 def _shared_fields(data, model, pretrained, augment, size, lr, precision):
-    "Fields of `Run` that all runs of a comparison share, checked"
-    folder = check_data(data) not in DATA_NAMES
-    check_model(model)
+    "Fields of `Run` that all runs of a comparison share"
+    folder = data not in DATA_NAMES and Path(data).expanduser().is_dir()
     augment = augment or ('auto' if folder else 'none')
     told = dict(data=data, model=model, pretrained=pretrained, size=size, precision=precision)
     told['augment'] = False if augment=='none' else augment
-    told['lr'] = lr or (.002 if pretrained else .01)
+    told['lr'] = (.002 if pretrained else .01) if lr is None else lr
     if pretrained: told |= dict(frozen=1, body_lr=.1)
-    if folder: told['size'] = size or 128
+    if folder: told['size'] = 128 if size is None else size
     return told
+
+def _named_methods(methods, check):
+    "Methods of a comma-separated list, with plain training, or None for all"
+    if methods is None: return None
+    named = [name.strip() for name in methods.split(',')]
+    parts = [check(method_parts, name) for name in named]
+    return list(dict.fromkeys(['none', *('+'.join(part) for part in parts if part)]))
 
 # %% ../nbs/cli.ipynb #81940c36
 @app.command()
@@ -149,26 +248,35 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     model:Model='small_cnn', pretrained:Pretrained=False, augment:Augment='', size:Size=None, lr:Lr=None,
     precision:Precision='float32', time_budget:Budget=None, out:Out=None, root:Root=None, jobs:Jobs=None):
     "Train every method with the same seeds, data order and budget; show who wins and by how much."
-    chosen = [name.strip() for name in methods.split(',')] if methods else None
-    for name in chosen or []: method_parts(name)
-    if seeds is not None: whole('seeds', seeds, 1, what="a whole number (5 or more for useful intervals)")
-    budget,fields = seconds_of(time_budget),_shared_fields(data, model, pretrained, augment, size, lr, precision)
-    if epochs is not None: whole('epochs', epochs, 1)
+    fields = _shared_fields(data, model, pretrained, augment, size, lr, precision)
     if epochs==1: fields.pop('frozen', None) # nothing is left after the head's epoch
-    Run(**{**fields, 'frozen':0})
+    with _checks() as check:
+        chosen = _named_methods(methods, check)
+        for name,value in dict(seeds=seeds, jobs=jobs).items():
+            if value is not None: check(whole, name, value, 1, 10_000)
+        budget = check(seconds_of, time_budget)
+        check(Run, **{**fields, 'frozen':0}, n_train=n_train, epochs=1 if epochs is None else epochs)
+        check(_check_root, root)
+        check(_check_folder, 'out', out or Path('compare'))
     from phantom_nb.experiments import plan, runner
     from phantom_nb.experiments.report import show_comparison
     console,advice = _wide_console(),None
+    if methods and len(chosen)>len(methods.split(',')): _say(console, "Plain training (none) is added, to compare with.")
+    shared, = runner.name_images([Run(**{**fields, 'frozen':0})])
+    if shared.images: fields['images'] = shared.images
     if budget is None:
         runs = plan.comparison_runs(n_train=n_train, methods=chosen, seeds=seeds or 5, epochs=epochs, **fields)
     else: runs,advice = _planned(plan, console, fields, n_train, budget, chosen, seeds, epochs, out, root, jobs)
     out = out or _compare_folder(data, runs[0].n_train)
-    runner.make_learner(runs[0], root)
+    dls = runner.make_learner(runs[0], root).dls
+    numbers = [len(part) for part in (dls.train_ds, dls.valid_ds, dls.test_ds)]
+    _say(console, f"{dls.source}. {plan.images_words(*numbers, runs[0].folds)}")
+    seeds_planned,methods_planned = (len({getattr(run, name) for run in runs}) for name in ('seed','method'))
+    if advice: _say(console, plan.detectable_words(seeds_planned, methods_planned-1, numbers[2]))
     runs = runner.settle_precision(runs, out/'runs', root)
-    there = {p.stem.rsplit('-')[-1] for p in (out/'runs').glob('*.json')} & {run.key for run in runs}
-    if there: console.print(f"{len(there)} of {len(runs)} runs are recorded already in {out}.", highlight=False)
+    for sentence in _recorded_words(runs, out): _say(console, sentence)
     code = 0
-    with _Watch(len(runs), console) as watch:
+    with _Watch(len(runs), console, runs) as watch:
         try: runner.run_many(runs, jobs=jobs, time_budget=budget, store=out/'runs', root=root, on_row=watch)
         except KeyboardInterrupt: code = 130
     show_comparison(runs, out, console)
@@ -177,10 +285,25 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     raise typer.Exit(code)
 
 # %% ../nbs/cli.ipynb #66a98f97
+def _say(console, sentence, style=None):
+    "Print a sentence; a file gets it on one line"
+    console.print(sentence, style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
 def _compare_folder(data, n_train):
     "Where the results of a comparison go"
     name = Path(data).expanduser().resolve().name if '/' in data else data
     return Path('compare')/f"{name}-{n_train or 'all'}"
+
+def _recorded_words(runs, out):
+    "Sentences on what is recorded already, and on what was recorded of other images"
+    from phantom_nb.experiments.store import load_results
+    if not any((out/'runs').glob('*.json')): return
+    df = load_results(out/'runs')
+    there = df.key.isin([run.key for run in runs]).sum()
+    if there: yield f"{there} of {len(runs)} runs are recorded already in {out}."
+    other = (df.data==runs[0].data) & (df.get('images', '')!=runs[0].images)
+    if other.any():
+        yield f"{other.sum()} more in {out} saw other images: the folder has changed since, so they are not used."
 
 def _planned(plan, console, fields, n_train, budget, methods, seeds, epochs, out, root, jobs):
     "Runs that fit a time, told on the console; and what gives the answer in words at the end"
@@ -190,16 +313,15 @@ def _planned(plan, console, fields, n_train, budget, methods, seeds, epochs, out
     asked = dict(fields, n_train=n_train, budget=budget, methods=methods, seeds=seeds, epochs=epochs)
     def make(): return plan.plan_comparison(run, budget, methods, seeds, epochs, root, jobs=jobs)
     runs,fit = plan.kept_plan(out/'plan.json', make, asked)
-    size = f"{len(fit.methods)} methods, {fit.seeds} seeds, {fit.epochs} epochs"
-    console.print(f"{size}: about {_words(fit.seconds)}.", highlight=False)
-    for sentence in fit.left_out: console.print(sentence[0].upper()+sentence[1:]+'.', highlight=False)
-    console.print(plan.detectable_words(fit.seeds, len(fit.methods)-1), highlight=False)
+    size = ', '.join(starmap(plan.counted, ((len(fit.methods), 'method'), (fit.seeds, 'seed'), (fit.epochs, 'epoch'))))
+    _say(console, f"{size}: about {plan.duration(fit.seconds)} of the {plan.duration(budget)} given.")
+    for sentence in fit.left_out: _say(console, sentence[0].upper()+sentence[1:]+'.')
     def advice(runs, out):
         from phantom_nb.experiments.store import load_results
         df = load_results(out/'runs') if (out/'runs').exists() else None
         if df is None or not len(df): return
         df = df[df.key.isin([run.key for run in runs])]
-        if len(df): console.print(plan.advise(df, runs[0].folds), style='bold', highlight=False, markup=False)
+        if len(df): _say(console, plan.advise(df, runs[0].folds, fit.methods, fit.seeds), 'bold')
     return runs,advice
 
 # %% ../nbs/cli.ipynb #af1858aa
@@ -215,25 +337,41 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     address:Address=None):
     "Run the experiment that a file describes, or go on with it."
     from phantom_nb.experiments.sweep import load_sweep, run_sweep
-    one_of('engine', engine, ENGINE_NAMES)
-    budget,experiment = seconds_of(time_budget),load_sweep(spec)
+    with _checks() as check:
+        check(one_of, 'engine', engine, ENGINE_NAMES)
+        if jobs is not None: check(whole, 'jobs', jobs, 1, 10_000)
+        budget,experiment = check(seconds_of, time_budget),check(load_sweep, spec)
+        check(_check_root, root)
+        check(_check_folder, 'out', out or Path('sweeps'))
+    from phantom_nb.experiments import plan
     from phantom_nb.experiments.report import show_results
     from phantom_nb.experiments.runner import load_results, make_learner
     console,code = _wide_console(),0
-    for part in experiment.parts: make_learner(part.runs[0], root)
+    for part in experiment.parts:
+        dls = make_learner(part.runs[0], root).dls
+        if part.runs[0].test or not part.runs[0].n_valid: plan.images_words(len(dls.train_ds), 0, len(dls.test_ds))
     out,n = out or Path('sweeps')/experiment.name, len(experiment.runs)
+    if budget: _say(console, f"{plan.counted(n, 'run')} in {plan.duration(budget)} at most.")
     def n_studies(part): return len({(run.method, run.data, run.n_train, run.model) for run in part.runs})
     todo = n + sum(n_studies(part) for part in experiment.parts if part.tune)
-    with _Watch(todo, console, setting=True) as watch:
+    with _Watch(todo, console, experiment.runs) as watch:
         try: run_sweep(experiment, out, budget, root, watch, watch.study, engine=engine, jobs=jobs, address=address)
         except KeyboardInterrupt: code = 130
-    df = load_results(out/'runs') if (out/'runs').exists() else None
-    if df is not None: df = df[df.experiment.isin({run.experiment for run in experiment.runs})]
+    df = load_results(out/'results.jsonl') if (out/'results.jsonl').exists() else None
     there = 0 if df is None else len(df)
     if there: show_results(df, console, metric='accuracy' if 'accuracy' in df else 'valid_accuracy')
-    if there<n: console.print(f"{there} of {n} runs are in. The same command goes on from here.", highlight=False)
-    else: console.print(f"Rows: {out/'results.jsonl'}", soft_wrap=True, highlight=False)
+    if sentence := _others_words(out, df): _say(console, sentence)
+    if there<n: _say(console, f"{there} of {plan.counted(n, 'run')} are in. The same command goes on from here.")
+    if there: _say(console, f"Rows: {out/'results.jsonl'}")
     raise typer.Exit(code)
+
+def _others_words(out, df):
+    "A sentence on recorded rows that the file does not ask for any more"
+    from phantom_nb.experiments.store import load_results
+    if not (out/'runs').exists(): return
+    kept = load_results(out/'runs')
+    n = ((kept.experiment!='tune') & ~kept.key.isin([] if df is None else df.key)).sum()
+    if n: return f"{n} more in {out} were made by another version of the file, and are not shown."
 
 # %% ../nbs/cli.ipynb #409f9fb9
 Recorded = Annotated[Path, _argument("Folder of a sweep or comparison or of .jsonl files, or one such file.")]
@@ -255,22 +393,35 @@ def _check_suffix(path, suffixes):
 def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accuracy', lower_is_better:Lower=None,
     baseline:Baseline='none', export:Export=None, plot:Plot=None):
     "Show, filter, export and draw recorded runs."
-    _check_suffix(export, ('.jsonl','.csv','.md'))
-    _check_suffix(plot, PICTURES)
-    if not path.exists(): raise FileNotFoundError(f"{path} does not exist: give a store's folder or a .jsonl file")
+    with _checks() as check:
+        check(_check_suffix, export, ('.jsonl','.csv','.md'))
+        check(_check_suffix, plot, PICTURES)
+        for name,file in dict(export=export, plot=plot).items():
+            if file: check(_check_folder, name, file.parent)
+        if not path.exists(): check.refuse(f"{path} does not exist: give a store's folder or a .jsonl file")
+        for condition in where or []:
+            if '=' not in condition: check.refuse(f"--where {condition!r}: write column=value, for instance data=digits")
     from phantom_nb.experiments.report import as_markdown, filter_rows, plot_comparisons, save_figure, show_results
     from phantom_nb.experiments.store import load_results, save_results, write_atomic
-    df = load_results(path)
-    df = filter_rows(df[df.experiment!='tune'] if len(df) else df, where)
-    if not len(df): raise ValueError(f"no runs in {path}" + (f" with {' and '.join(where)}" if where else ''))
-    one_of('metric', metric, [*df.select_dtypes('number')])
+    df,console = load_results(path),_wide_console()
+    df = df[df.experiment!='tune'] if len(df) else df
     columns = [column.strip() for column in over.split(',')] if over else None
+    with Refusals() as check:
+        if not len(df): raise ValueError(f"no runs in {path}")
+        for column in columns or []: check(one_of, 'over', column, df)
+        check(one_of, 'metric', metric, [*df.select_dtypes('number')])
+        df = check(filter_rows, df, where)
+        if df is not None and not len(df): check.refuse(f"no runs in {path} with {' and '.join(where)}")
     higher = None if lower_is_better is None else not lower_is_better
-    table = show_results(df, _wide_console(), columns, metric=metric, baseline=baseline, higher_is_better=higher)
+    table = show_results(df, console, columns, metric=metric, baseline=baseline, higher_is_better=higher)
     if export:
         if export.suffix=='.jsonl': save_results(df, export)
         else: write_atomic(export, df.to_csv(index=False) if export.suffix=='.csv' else as_markdown(table)+'\n')
-    if plot: save_figure(plot_comparisons(table), plot)
+        _say(console, f"{'Table' if export.suffix=='.md' else 'Rows'}: {export}")
+    if plot:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        save_figure(plot_comparisons(table), plot)
+        _say(console, f"Picture: {plot}")
 
 # %% ../nbs/cli.ipynb #45eca39f
 Name = Annotated[str|None, _argument(f"Data set ({_names(DATA_NAMES)}) or folder to look at. Default: all.")]
@@ -281,8 +432,10 @@ Kept = Annotated[Path, _option("Folder to keep the numbers in.")]
 @app.command('data')
 def data_command(name:Name=None, download:Download=False, root:Root=None):
     "List the data sets that are available here, or load one."
-    if download and name is None: raise ValueError(f"--download needs a name: {_names(DATA_NAMES)}")
-    if name is not None: check_data(name)
+    with _checks() as check:
+        if download and name is None: check.refuse(f"--download needs a name: {_names(DATA_NAMES)}")
+        if name is not None: check(check_data, name)
+        if not download: check(_check_root, root)
     from phantom_nb.data import available, load_dataset
     console = _wide_console()
     if name is not None: return console.print(load_dataset(name, root, download=download))
@@ -295,7 +448,9 @@ def data_command(name:Name=None, download:Download=False, root:Root=None):
 @app.command()
 def bench(name:Bench, out:Kept=Path('results')):
     "Measure a method against its formula written plainly, or the engine against a bare loop; keep the numbers."
-    one_of('benchmark', name, BENCH_NAMES)
+    with _checks() as check:
+        check(one_of, 'benchmark', name, BENCH_NAMES)
+        check(_check_folder, 'out', out)
     from phantom_nb.experiments.bench import BENCHES, save_bench
     from phantom_nb.experiments.timing import bench_step
     df = {'step':bench_step, **BENCHES}[name]()
@@ -307,22 +462,31 @@ def bench(name:Bench, out:Kept=Path('results')):
 
 # %% ../nbs/cli.ipynb #d7fabfc3
 Saved = Annotated[Path, _argument("File of learn.export. It is a pickle: open only what you trust.")]
-Sample = Annotated[int, _option("Training images to measure on, class-balanced.")]
+Sample = Annotated[int|None, _option("Training images to measure on, class-balanced. "
+    "Default: 1000, or all there are.")]
 Figure = Annotated[Path|None, _option("File of the figure (.png, .svg, .pdf). "
     "Default: LEARNER.png beside the learner.")]
 
 @app.command()
-def measure(learner:Saved, data:Data='digits', n:Sample=1000, plot:Figure=None, root:Root=None):
+def measure(learner:Saved, data:Data='digits', n:Sample=None, size:Size=None, plot:Figure=None,
+    root:Root=None):
     "Report how much a saved learner tells apart inside its classes, by layer; save the figure."
-    check_data(data)
     plot = plot or learner.with_suffix('.png')
-    _check_suffix(plot, PICTURES)
-    if not plot.parent.is_dir(): raise ValueError(f"{str(plot)!r}: the folder does not exist, make it first")
+    with _checks() as check:
+        check(check_data, data)
+        check(_check_suffix, plot, PICTURES)
+        if n is not None: check(whole, 'n', n, 2)
+        if size is not None: check(whole, 'size', size, 1)
+        check(_check_root, root)
+        if not learner.is_file():
+            check.refuse(f"no learner at {str(learner)!r}: save one with learn.export('learner.pkl'), and give its file")
+        if not plot.parent.is_dir(): check.refuse(f"{str(plot)!r}: the folder does not exist, make it first")
     from phantom_nb.experiments.learner import loaders_for, open_learner
     from phantom_nb.experiments.report import save_figure
     from phantom_nb.measures.intraclass import intraclass_report
     learn,console = open_learner(learner),_wide_console()
-    table,fig = intraclass_report(learn, n, dl=loaders_for(learn, data, n, root).train)
+    dl = loaders_for(learn, data, n, root, size).train
+    table,fig = intraclass_report(learn, len(dl.dataset), dl=dl)
     save_figure(fig.axes, plot)
     right = f"{100*table.attrs['accuracy']:.1f}% right"
     console.print(f"{learner.name} on {table.attrs['n']} training images of {data}: {right}", highlight=False)
@@ -337,7 +501,10 @@ Listed = Annotated[bool, _option("Only list the pieces.")]
 @app.command()
 def gpu(piece:Pieces=None, listed:Listed=False, out:Kept=Path('results')):
     "Run everything that is marked for a GPU, in pieces of under ten minutes that resume."
-    from phantom_nb.experiments.gpu import run_pieces
+    from phantom_nb.experiments.gpu import PIECES, run_pieces
+    with _checks() as check:
+        if piece is not None: check(one_of, 'piece', piece, PIECES)
+        check(_check_folder, 'out', out)
     raise typer.Exit(run_pieces(_wide_console(), piece, listed, out))
 
 # %% ../nbs/cli.ipynb #2047e094
@@ -351,11 +518,22 @@ _VERSION = typer.Option('--version', help="Show the version.", callback=_show_ve
 @app.callback()
 def _common(version:Annotated[bool, _VERSION]=False): pass
 
+def _stop(sentence):
+    "End with status 2 and a sentence"
+    Console(stderr=True).print(f"phantom_nb: {sentence}", style='red', markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+    "Print the package's own warnings as sentences"
+    told = f"phantom_nb: {message}" if 'phantom_nb' in filename else f"{category.__name__}: {message}"
+    Console(stderr=True).print(told, style='yellow', markup=False, highlight=False, soft_wrap=True)
+
 def main(
     args:list|None=None # arguments; None for those of the process
 ):
     "Run the command line."
-    try: app(args)
-    except (ValueError, FileNotFoundError, ImportError, ConnectionError) as e: # a missing extra, weights out of reach
-        Console(stderr=True).print(f"phantom_nb: {e}", style='red', markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try: app(_understood(sys.argv[1:] if args is None else list(args)))
+        except (ValueError, ImportError) as e: _stop(e) # also a missing extra
+        except OSError as e: _stop(f"{e.filename}: {e.strerror}" if e.filename else e) # not there, full, not writable

@@ -366,15 +366,22 @@ def outputs_for(
         images = f"{data}'s images of {_shape_words(shape)}"
         raise ValueError(f"the network cannot read {images} ({why}): {REMEDY_DATA}") from e
 
+def _trained_size(learn):
+    "Side of the images that a learner was trained on, if it knows"
+    seen = getattr(getattr(learn.dls.train, 'dataset', None), 'x', None)
+    return seen.shape[-1] if isinstance(seen, torch.Tensor) else None
+
 def loaders_for(
     learn:Learner, # what was loaded
     data:str, # a key of `DATASETS`, or a folder of images
-    n:int, # images, >= 2
-    root:str|Path|None=None # folder to look for the data first
+    n:int|None=None, # images, >= 2; None for 1,000, or all if there are fewer
+    root:str|Path|None=None, # folder to look for the data first
+    size:int|None=None # side in pixels; None for that of the images that the learner was trained on
 )->ImageLoaders: # `train` has n images; superclasses are the labels if the network has as many outputs
     "Make loaders that fit a learner's network; raise a `ValueError` if none do (ours)."
-    images = load_dataset(data, root)
+    images = load_dataset(data, root, size=size or (_trained_size(learn) if is_folder(data) else None))
     n_all,kinds = len(images.x_train),(len(images.classes), len(images.coarse_names or ()))
+    if n is None: n = min(1000, n_all)
     if not kinds[0]<=n<=n_all: raise ValueError(f"--n {n}: give {kinds[0]} (one a class) to {n_all} images")
     n_out = outputs_for(learn, tuple(images.x_train.shape[1:]), data)
     if n_out in kinds: return get_dls(images, n_train=n, n_valid=0, coarse=n_out!=kinds[0], device='cpu')
