@@ -271,6 +271,8 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     dls = runner.make_learner(runs[0], root).dls
     numbers = [len(part) for part in (dls.train_ds, dls.valid_ds, dls.test_ds)]
     _say(console, f"{dls.source}. {plan.images_words(*numbers, runs[0].folds)}")
+    if not budget and numbers[2]<plan.FEW and not plan.has_test_images(data):
+        _say(console, "With --time-budget, every image judges in turn (cross-validation).")
     seeds_planned,methods_planned = (len({getattr(run, name) for run in runs}) for name in ('seed','method'))
     if advice: _say(console, plan.detectable_words(seeds_planned, methods_planned-1, numbers[2]))
     runs = runner.settle_precision(runs, out/'runs', root)
@@ -281,7 +283,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
         except KeyboardInterrupt: code = 130
     show_comparison(runs, out, console)
     if advice: advice(runs, out)
-    if code: console.print("Stopped. The same command goes on from here.")
+    if code or watch.i<len(runs): _say(console, f"{'Stopped. ' if code else ''}The same command goes on from here.")
     raise typer.Exit(code)
 
 # %% ../nbs/cli.ipynb #66a98f97

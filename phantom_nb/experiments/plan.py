@@ -75,7 +75,7 @@ def duration(
     seconds:float # >= 0
 )->str: # such as '45 s', '12 min', '1.5 h'
     "Write a duration for people (ours)."
-    if seconds<120: return f"{seconds:.0f} s"
+    if seconds<120: return f"{max(1, seconds):.0f} s"
     return f"{seconds/60:.0f} min" if seconds<5400 else f"{seconds/3600:.1f} h"
 
 # %% ../../nbs/experiments/plan.ipynb #71e81fa0
@@ -289,6 +289,7 @@ def advise(
     if methods is not None and len(shared)<fewest:
         return f"{len(done)} of {len(methods)*seeds} runs are finished, too few to choose a method: " \
             f"that takes {counted(fewest, 'seed')} of every method."
+    if list(valid)==['none'] and methods is not None: return "There is only plain training: name a method to compare."
     if valid.shape[1]<2 or not len(shared): return "No other method shares a seed with plain training yet."
     chosen = shared.mean().drop('none').idxmax()
     if shared.mean()[chosen]<=shared.mean()['none']:

@@ -113,6 +113,7 @@ def verdict(
     compared = table.dropna(subset='diff')
     if not len(compared):
         there = table.runs.get(what['baseline'], 0) > 0
+        if there and len(table)==1: return f"There are only runs of {what['baseline']}: nothing is compared."
         why = "no two runs share a seed" if there else "no run of it is here"
         return f"Nothing can be compared with {what['baseline']}: {why}."
     top = compared.sort_values('diff', ascending=not what['higher_is_better']).iloc[0]
@@ -394,7 +395,8 @@ def run_title(
 )->str: # such as 'digits, 200 training images, small_cnn, 30 epochs'
     "Name a comparison by one of its runs (ours)."
     images = f"{run.per_class} a class of the" if run.per_class else 'all' if run.n_train is None else run.n_train
-    return f"{run.data}, {images} training images, {run.model}, {run.epochs} epochs"
+    epochs = f"{run.epochs} epoch{'' if run.epochs==1 else 's'}"
+    return f"{run.data}, {images} training images, {run.model}, {epochs}"
 
 def write_report(
     df:pd.DataFrame, # rows of a comparison
