@@ -1,4 +1,4 @@
-"""What every row says of a trained network beside accuracy"""
+"What every row says of a trained network beside accuracy"
 import math
 
 import pytest, torch

@@ -1,0 +1,96 @@
+"The atlas: who chooses a weight, what is combined how"
+import numpy as np, pandas as pd, pytest
+from scipy.optimize import brentq
+from scipy.stats import ttest_1samp
+
+from phantom_nb.experiments.atlas import chosen_values, load_atlas, pair_gains, planned_weights, seed_differences
+from phantom_nb.experiments.effects import effect_claim, effects_over_settings, pooled_effects, random_effects
+from phantom_nb.experiments.run import Run
+from phantom_nb.experiments.stats import answer
+from phantom_nb.experiments.store import write_rows
+
+SPEC = 'results/atlas.toml'
+
+@pytest.mark.parametrize('seed', range(20))
+def test_spread_solves_its_equation(seed):
+    rng = np.random.default_rng(seed)
+    variance = rng.uniform(.1, 1, 8)
+    effect = rng.normal(1, 2, 8) + variance**.5*rng.normal(size=8)
+    def left(tau2):
+        w = 1/(variance+tau2)
+        return (w*(effect-np.average(effect, weights=w))**2).sum()-7
+    tau = brentq(left, 0, 1e4)**.5 if left(0)>0 else 0.
+    assert random_effects(effect, variance)['tau'] == pytest.approx(tau, abs=1e-3)
+
+def test_units_do_not_matter():
+    effect,variance = np.array([1., 3, -2, 4, 0]),np.array([.5, 1, .2, .7, .4])
+    a,b = random_effects(effect, variance),random_effects(effect/100, variance/1e4)
+    for name in ('mean','low','high','tau','new_low'): assert b[name]*100 == pytest.approx(a[name], abs=1e-3)
+    assert a['p'] == pytest.approx(b['p'], abs=1e-6)
+
+def test_too_few_settings_say_nothing():
+    assert np.isnan(random_effects([1., 2], [.1, .1])['mean'])
+    with pytest.raises(ValueError, match='above 0'): random_effects([1., 2, 3], [.1, 0, .1])
+
+def test_claims_agree_with_student():
+    effect = np.array([.02, .01, .03, .015, .005, .02])
+    found = random_effects(effect, np.full(6, 1e-5))
+    assert effect_claim(found).p == pytest.approx(ttest_1samp(effect, 0).pvalue, rel=1e-3)
+    assert effect_claim(found, 'above', .005).p == pytest.approx(ttest_1samp(effect, .005).pvalue, rel=1e-3)
+    said = answer({'in':effect_claim(found, 'within', .05), 'out':effect_claim(found, 'within', .001), 'down':effect_claim(found, 'below')})
+    assert said.answer.tolist()==['yes','no','no']
+
+def _rows(accuracies, valid):
+    "Weights by seeds"
+    return pd.DataFrame([dict(setting='a', method='m', weight=w, seed=i, accuracy=a, valid_accuracy=valid[w][i], status='done')
+        for w,values in accuracies.items() for i,a in enumerate(values)])
+
+def test_the_other_seeds_choose():
+    runs = _rows({.1:[1, 2, 3], 1.:[10, 20, 30]}, {.1:[.9, .5, .5], 1.:[.1, .6, .6]})
+    assert chosen_values(runs).tolist()==[10, 2, 3] # seed 0: .5+.5 < .6+.6; seeds 1 and 2: .9+.5 > .1+.6
+
+def test_diverged_is_never_chosen_where_there_is_another():
+    runs = _rows({.1:[1, 2, 3], 1.:[10, np.nan, 30]}, {.1:[.1]*3, 1.:[.9, np.nan, .9]})
+    runs.loc[runs.accuracy.isna(), 'status'] = 'diverged'
+    assert chosen_values(runs)[0]==1 and chosen_values(runs)[2]==3 # the others' mean is -.05 with the diverged one
+
+def test_a_seed_without_all_weights_waits():
+    runs = _rows({.1:[1, 2, 3], 1.:[10, 20, 30]}, {.1:[.1]*3, 1.:[.9]*3})
+    assert list(chosen_values(runs[:-1]).index)==[0,1]
+
+@pytest.fixture
+def recorded(tmp_path):
+    rows = []
+    for name in ('atlas-one','atlas-two','atlas-three'):
+        for seed in range(3):
+            for method,settings,gain,lr in (('none',{},0,.01), ('none',{},.5,.03), ('mixup',{'alpha':.1},.01,.01), ('mixup',{'alpha':.4},.02,.01),
+                ('mixup',{'alpha':1.},.01,.01), ('mixup',{'alpha':2.},.9,.01), ('isda',{'lam':.5},.01,.01),
+                ('mixup+isda',{'mixup.alpha':.4,'isda.lam':.5},.025,.01)):
+                run = Run(experiment=name, method=method, settings=settings, seed=seed, lr=lr)
+                accuracy = .5+gain+.001*seed
+                rows.append(dict(experiment=name, data='digits', n_train=200, model='small_cnn', method=method, settings=settings, seed=seed, lr=lr,
+                    key=run.key, status='done', accuracy=accuracy, valid_accuracy=accuracy))
+    write_rows(pd.DataFrame(rows), tmp_path/'rows.jsonl')
+    return load_atlas(tmp_path/'rows.jsonl', SPEC)
+
+def test_only_the_plan_is_judged(recorded):
+    found = seed_differences(recorded)
+    assert found.groupby('method')['diff'].mean().to_dict()==pytest.approx(dict(isda=.01, mixup=.02))
+    assert len(found)==18
+
+def test_pairs(recorded):
+    gains = pair_gains(recorded)
+    assert len(gains)==9
+    assert gains[['gain','alone','surplus']].mean().tolist()==pytest.approx([.005, .01, -.005])
+
+def test_the_plan_has_three_weights_a_method():
+    weights = planned_weights(SPEC)
+    assert len(weights)==14 and all(len(values)==3 for _,values in weights.values())
+
+def test_pooled_variance_is_that_of_one_way_anova():
+    rng = np.random.default_rng(0)
+    d = pd.DataFrame([('a', m, i, rng.normal()) for m in range(5) for i in range(3+m%2)], columns=['setting','method','seed','diff'])
+    within = sum(((g['diff']-g['diff'].mean())**2).sum() for _,g in d.groupby('method'))/(len(d)-5)
+    table = pooled_effects(d)
+    assert (table.variance*table.seeds).tolist()==pytest.approx([within]*5)
+    assert effects_over_settings(table).loc[0,'settings']==1
