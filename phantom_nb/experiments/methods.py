@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..checks import number, one_of, true_or_false, whole
+from ..checks import Refusals, number, one_of, true_or_false, whole
 
 # %% ../../nbs/experiments/methods.ipynb #83195c46
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def _label_smoothing(eps):
 
 def _mixup(alpha):
     from fastai.callback.mixup import MixUp
-    return Pieces(cbs=(MixUp(number('alpha', alpha, above=0)),))
+    return Pieces(cbs=(MixUp(float(number('alpha', alpha, above=0))),))
 
 def _mhe(**settings):
     from phantom_nb.regularizers.hyperspherical import MHE
@@ -133,7 +133,7 @@ def _callback(module, name, **given):
 
 def _cutmix(alpha):
     from fastai.callback.mixup import CutMix
-    return Pieces(cbs=(CutMix(number('alpha', alpha, above=0)),))
+    return Pieces(cbs=(CutMix(float(number('alpha', alpha, above=0))),))
 
 def _norm(kind):
     from phantom_nb.models import NORMS
@@ -218,6 +218,14 @@ def _table(method, what):
     return {f'{part}.{k}':v for part in parts for k,v in getattr(METHODS[part], what).items()}
 
 # %% ../../nbs/experiments/methods.ipynb #999192cd
+def _check_kind(name, value, default):
+    "Refuse a setting of another kind than its default; what a method makes of it, the method checks"
+    if callable(value) or default is None: return # a schedule, or anything
+    if isinstance(default, bool): true_or_false(name, value)
+    elif isinstance(default, (int, float)): number(name, value)
+    elif isinstance(default, str) and not isinstance(value, (str, list, tuple, type(None))):
+        raise ValueError(f"{name}={value!r}: give a name")
+
 def full_settings(
     method:str, # a key of `METHODS`, or several joined by '+'
     settings:dict # the settings that differ from the defaults
@@ -226,6 +234,10 @@ def full_settings(
     defaults,rare = _table(method, 'defaults'),_table(method, 'options') | _table(method, 'retired')
     for name in settings:
         if name not in rare: one_of(f'setting of {method}', name, [*defaults, *_table(method, 'options')] or ['(none)'])
+    known = {**defaults, **_table(method, 'options')}
+    with Refusals() as check:
+        for name,value in settings.items():
+            if name in known: check(_check_kind, name.split('.')[-1], value, known[name])
     kept = {name:value for name,value in settings.items() if name not in rare or value!=rare[name]}
     return {**defaults, **kept}
 

@@ -112,7 +112,8 @@ def runs_of(
     with Refusals() as check:
         seeds = check(seeds_of, seeds) or [0]
         methods = [method for name in _listed(methods) or [[]] for method in check(methods_of, name) or []]
-        for method,given in settings.items(): check(full_settings, method, given)
+        for method,given in settings.items():
+            for values in check(grid, given) or []: check(full_settings, method, values)
         tables = check(grid, _filled(table, check)) or []
         own = {method:_filled(settings_of(method, settings), check) for method in methods}
         each = [(method,values) for method in methods for values in check(grid, own[method]) or []]
