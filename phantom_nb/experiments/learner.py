@@ -164,7 +164,7 @@ def loaders_of(
     model:nn.Module|None=None # the network, if its own normalisation is to be used
 )->ImageLoaders: # batches on the device
     "Make the loaders of a run (ours)."
-    told = {k:getattr(run, k) for k in ('imbalance','label_noise','per_class','padding')}
+    told = {k:getattr(run, k) for k in ('imbalance','label_noise','per_class','padding','coarse')}
     told = {k:v for k,v in told.items() if v!=Run.__dataclass_fields__[k].default}
     if getattr(model, 'data_config', None): told['stats'] = model.data_config
     if run.per_class is None: told['n_train'] = run.n_train
@@ -185,7 +185,8 @@ def make_learner(
     data = load_data(run, root)
     n_channels,*size = data.x_train.shape[1:]
     given = dict(pretrained=True) if run.pretrained else {}
-    model = create_model(run.model, n_in=n_channels, n_out=len(data.classes), size=tuple(size), width=run.width,
+    n_out = len(data.coarse_names if run.coarse else data.classes)
+    model = create_model(run.model, n_in=n_channels, n_out=n_out, size=tuple(size), width=run.width,
         depth=run.depth, dropout=pieces.dropout, norm=pieces.norm, seed=run.seed, **given)
     dls = loaders_of(run, data, device, model)
     loss_func = pieces.loss_func or CrossEntropyLossFlat()

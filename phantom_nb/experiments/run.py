@@ -91,6 +91,7 @@ class Run:
     body_lr:float = 1. # learning rate of the first layers to that of the head, in (0,1]
     folds:int = 0 # cross-validation: test images are part seed % folds of the data; 0 for the data's own test images
     test:bool = False # judge on test images although there are validation images
+    coarse:bool = False # superclasses as labels
     images:str = '' # digest of a folder's images, filled in when runs begin: other images make another run
 
     def __post_init__(self):
@@ -110,7 +111,7 @@ class Run:
         if str(self.schedule).startswith('step'): check(step_points, self.schedule)
         else: check(one_of, 'schedule', self.schedule, SCHEDULE_NAMES)
         if not isinstance(self.augment, bool): check(one_of, 'augment', self.augment, AUGMENT_NAMES)
-        for name in ('compile','pretrained','test'): check(true_or_false, name, getattr(self, name))
+        for name in ('compile','pretrained','test','coarse'): check(true_or_false, name, getattr(self, name))
 
     def _check_word(self, name):
         value = getattr(self, name)
