@@ -347,7 +347,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
         check(_check_folder, 'out', out or Path('sweeps'))
     from phantom_nb.experiments import plan
     from phantom_nb.experiments.report import show_results
-    from phantom_nb.experiments.runner import load_results, make_learner
+    from phantom_nb.experiments.runner import load_results, make_learner, settle_precision
     console,code = _wide_console(),0
     for part in experiment.parts:
         dls = make_learner(part.runs[0], root).dls
@@ -356,7 +356,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     if budget: _say(console, f"{plan.counted(n, 'run')} in {plan.duration(budget)} at most.")
     def n_studies(part): return len({(run.method, run.data, run.n_train, run.model) for run in part.runs})
     todo = n + sum(n_studies(part) for part in experiment.parts if part.tune)
-    with _Watch(todo, console, experiment.runs) as watch:
+    with _Watch(todo, console, settle_precision(experiment.runs, out/'runs', root)) as watch:
         try: run_sweep(experiment, out, budget, root, watch, watch.study, engine=engine, jobs=jobs, address=address)
         except KeyboardInterrupt: code = 130
     df = load_results(out/'results.jsonl') if (out/'results.jsonl').exists() else None

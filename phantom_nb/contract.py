@@ -265,6 +265,10 @@ def check_regularizer(
 )->pd.DataFrame: # one row a promise: its text, and 'kept'
     "Test the nine promises of a regularizer; raise an `AssertionError` that lists the broken ones (ours)."
     if isinstance(make, Callback): raise ValueError(f"{make!r} is an instance: give the class, or a partial of it")
+    try: make(lam=0.)
+    except TypeError as e:
+        name = getattr(make, '__name__', make)
+        raise ValueError(f"{name} does not take lam=0.: give the class, or partial(MHE, half_space=True)") from e
     rows = {}
     words = WORDS.get(make().kind, {})
     for i in points:

@@ -62,6 +62,9 @@ class attach:
         if not isinstance(model, nn.Module): raise ValueError(f"model={type(model).__name__}: give an nn.Module")
         for reg in regularizers:
             if isinstance(reg, Regularizer): continue
+            if isinstance(reg, (list, tuple)):
+                raise ValueError("a list of regularizers: give them one by one, attach(model, MHE(.1), CoMHE('group'))")
+            if isinstance(reg, type): raise ValueError(f"{reg.__name__} is a class: give {reg.__name__}(...)")
             raise ValueError(f"{reg!r} is no Regularizer: give MHE(.1) and the like")
         if not regularizers: raise ValueError("no regularizer: attach(model, MHE(.1)), for instance")
         if total is not None: whole('total', total, at_least=1, what="a whole number of optimizer steps")

@@ -174,6 +174,7 @@ def test_share_is_probed_ten_times_in_a_short_fit_and_seldom_in_a_long_one():
 def test_plot_before_a_fit_and_an_instance_to_check_are_refused():
     with pytest.raises(ValueError, match='fit first'): L2Penalty().plot()
     with pytest.raises(ValueError, match='give the class'): check_regularizer(L2Penalty())
+    with pytest.raises(ValueError, match='<lambda> does not take lam=0.: give the class'): check_regularizer(lambda: L2Penalty())
 
 def test_penalty_must_be_a_scalar():
     class Vector(L2Penalty):

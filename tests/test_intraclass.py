@@ -151,3 +151,6 @@ def test_report_of_a_saved_learner(saved, capsys, tmp_path):
 def test_wrong_input_ends_in_one_sentence(saved, capsys, args, message):
     code,out = run(capsys, saved/args[0], *args[1:])
     assert code==2 and message in out and 'Traceback' not in out
+
+def test_a_bare_network_is_no_learner():
+    with pytest.raises(ValueError, match='a Linear is no learner'): intraclass_report(torch.nn.Linear(2, 2))

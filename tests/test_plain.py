@@ -1,5 +1,5 @@
 "The same regularizers in other people's loops: the gradients of a Learner, and a network that is left as it was"
-import copy, logging, warnings
+import copy, logging, re, warnings
 from functools import partial
 
 import pytest, torch
@@ -229,3 +229,7 @@ def test_hugging_face_trainer(batch, tmp_path):
     trainer = InOrder(model=model, args=args, train_dataset=data)
     with attach(model, *cbs()) as trainer.penalty: trainer.train()
     assert same(model.net.parameters(), reference(batch, *cbs())) and n_hooks(model)==0
+
+@pytest.mark.parametrize('given,what', [([MHE(.1)], 'give them one by one'), (MHE, 'MHE is a class: give MHE(...)')], ids=str)
+def test_regularizers_come_one_by_one(given, what):
+    with pytest.raises(ValueError, match=re.escape(what)): attach(nn.Linear(2, 2), given)

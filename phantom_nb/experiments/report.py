@@ -339,11 +339,15 @@ def run_labels(
     varying = [column for column in over if df[column].nunique(dropna=False)>1]
     labels = {}
     for row in df.to_dict('records'):
-        words = [Path(row[column]).name if column=='data' else _value_words(row[column]) for column in varying]
+        words = [_field_words(column, row[column]) for column in varying]
         labels[row['key']] = ' '.join([*words, row['method'], f"seed {row['seed']}"])
     return labels
 
-def _value_words(value): return 'all' if pd.isna(value) else f'{value:g}' if isinstance(value, float) else str(value)
+def _field_words(name, value):
+    "A field of a run: its value, and its name where the value does not tell"
+    if name=='data': return Path(value).name
+    words = 'all' if pd.isna(value) else f'{value:g}' if isinstance(value, float) else str(value)
+    return words if name in ('n_train','model') else f'{name}={words}'
 
 # %% ../../nbs/experiments/report.ipynb #e51bef4e
 LEGEND = ("95% intervals, one by one; shown: verdicts on all methods at once (Holm); differences are paired by seed; "

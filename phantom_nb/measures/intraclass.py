@@ -217,6 +217,8 @@ def intraclass_report(
     **k:int # units or layers that count, as for `intraclass_table`
 )->tuple: # DataFrame (a row a layer, then 'network'; columns c1 to c4) and matplotlib Figure
     "Measure a trained learner by layer, and draw it; ValueError where there is nothing to measure (Carbonnelle 2021)."
+    if not isinstance(learn, Learner): raise ValueError(f"a {type(learn).__name__} is no learner: give "
+        "intraclass_report(Learner(dls, model)), or use `capture` and `intraclass_table` on a bare network")
     dl = learn.dls.train if dl is None else dl
     if not len(dl.dataset): raise ValueError("the learner has no training images (it was exported): give dl=, a loader")
     batches,idx = sample_batches(dl, n, seed)
