@@ -92,7 +92,7 @@ class Scale(nn.Module):
 def test_worst_case_of_a_known_network(w):
     "The weight changes sign at m = w/(w+0.001), beyond the upper bound of the search: it is never wrong"
     x = torch.rand(40, 1)+.5
-    assert sharpness(Scale(w), [(x, torch.zeros(40, dtype=torch.long))], worst=True, lr=100., steps=20)==pytest.approx(.25, abs=1e-4)
+    assert sharpness(Scale(w), [(x, torch.zeros(40, dtype=torch.long))], worst=True, lr=100., steps=20)==pytest.approx(.25, rel=2e-3)
 
 def test_worst_case_reaches_the_corner_of_the_box():
     "Outputs x and 0.9x, with weights 1 and 0.9: they swap at 1-1.001m = 0.9+0.901m"

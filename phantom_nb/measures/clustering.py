@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['silhouette_cosine', 'cosine_distance_std', 'unit_selectivity', 'layer_silhouette', 'unit_variance_ratio',
-           'layer_spread_ratio', 'subclass_selectivity', 'subclass_silhouette', 'variance_ratio',
+           'layer_spread_ratio', 'pool_layers', 'subclass_selectivity', 'subclass_silhouette', 'variance_ratio',
            'distance_spread_ratio', 'interpolation_drop', 'layer_values', 'intraclass_table', 'class_table']
 
 # %% ../../nbs/measures/clustering.ipynb #b89b9da5
@@ -307,8 +307,12 @@ def _layers(acts):
         raise ValueError(f"layers of {samples} samples: give at least one layer, all with the same samples")
     return acts
 
-def _pool(measure, values, k):
-    "Number of the network from the values of its layers, (classes,U) or (classes,)"
+def pool_layers(
+    measure:str, # 'c1' to 'c4'
+    values:list, # of each layer: (classes,U) for c1 and c3, (classes,) for c2 and c4
+    k:int # units or layers that count, >= 1 (all, if fewer)
+)->float: # of the network
+    "Average the k largest values of each class, then over classes; `ValueError` if all is dead (Carbonnelle 2021)."
     k = whole('k', k)
     over,average = _POOLING[measure]
     values = [v.cpu() for v in values]
@@ -327,7 +331,7 @@ def subclass_selectivity(
     k:int=1 # units that count, >= 1 (all, if fewer); 30 in the paper
 )->float: # >= 0, larger is better
     "Measure c1: how well single units set subclasses apart; `ValueError` for a broken hierarchy (Carbonnelle 2021)."
-    return _pool('c1', [unit_selectivity(a, superclass, subclass) for a in _layers(acts).values()], k)
+    return pool_layers('c1', [unit_selectivity(a, superclass, subclass) for a in _layers(acts).values()], k)
 
 def subclass_silhouette(
     acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
@@ -336,7 +340,7 @@ def subclass_silhouette(
     k:int=1 # layers that count, >= 1 (all, if fewer); 5 for residual nets in the paper
 )->float: # in [-1,1], larger is better
     "Measure c2: how well layers set subclasses apart; `ValueError` for a broken hierarchy (Carbonnelle 2021)."
-    return _pool('c2', [layer_silhouette(a, superclass, subclass) for a in _layers(acts).values()], k)
+    return pool_layers('c2', [layer_silhouette(a, superclass, subclass) for a in _layers(acts).values()], k)
 
 # %% ../../nbs/measures/clustering.ipynb #150c014a
 def variance_ratio(
@@ -345,7 +349,7 @@ def variance_ratio(
     k:int=30 # units that count, >= 1 (all, if fewer)
 )->float: # >= 0, larger is better
     "Measure c3: how much units vary within a class (Carbonnelle 2021)."
-    return _pool('c3', [unit_variance_ratio(a, y) for a in _layers(acts).values()], k)
+    return pool_layers('c3', [unit_variance_ratio(a, y) for a in _layers(acts).values()], k)
 
 def distance_spread_ratio(
     acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
@@ -353,7 +357,7 @@ def distance_spread_ratio(
     k:int=1 # layers that count, >= 1 (all, if fewer)
 )->float: # >= 0, larger is better
     "Measure c4: how much distances vary within a class; `ValueError` if every unit is dead (Carbonnelle 2021)."
-    return _pool('c4', [layer_spread_ratio(a, y) for a in _layers(acts).values()], k)
+    return pool_layers('c4', [layer_spread_ratio(a, y) for a in _layers(acts).values()], k)
 
 # %% ../../nbs/measures/clustering.ipynb #b3d278bb
 def _probabilities(predict, x):
@@ -367,8 +371,8 @@ def _drop(predict, start, end, column, bs):
     "Mean over pairs of the largest drop of a probability on the way between them"
     drops = []
     for a,b in zip(start.split(bs), end.split(bs)):
-        on_the_way = [_probabilities(predict, a*(i/10)+b*(1-i/10))[:,column] for i in range(1, 10)]
-        drops.append((1-torch.stack(on_the_way)).amax(0).double().cpu())
+        on_the_way = torch.cat([a*(i/10)+b*(1-i/10) for i in range(1, 10)])
+        drops.append((1-_probabilities(predict, on_the_way)[:,column]).view(9, -1).amax(0).double())
     return torch.cat(drops).mean().item()
 
 @torch.no_grad()
@@ -378,7 +382,7 @@ def interpolation_drop(
     superclass:Tensor, # (N,) superclass of each sample, a column of `predict`
     subclass:Tensor, # (N,) subclass of each sample, whole numbers
     generator:torch.Generator|None=None, # on the CPU, draws the partners; None for PyTorch's own
-    bs:int=256 # pairs a batch, >= 1
+    bs:int=64 # pairs a batch, of nine images each, >= 1
 )->float: # >= 0, larger is better; 1 where subclasses make no difference
     "Measure c0: the cost of the way to another subclass, against one within; ValueError for logits (Carbonnelle 2021)."
     bs,x = whole('bs', bs),_as_tensor(x).detach()
@@ -411,7 +415,7 @@ def layer_values(
 
 def _pooled(layers, k):
     "Measures of the values of some layers"
-    return {measure:_pool(measure, [values[measure] for values in layers], k[measure]) for measure in layers[0]}
+    return {measure:pool_layers(measure, [values[measure] for values in layers], k[measure]) for measure in layers[0]}
 
 def intraclass_table(
     acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives

@@ -8,6 +8,7 @@ __all__ = ['sharpness', 'sharpness_measures', 'path_norm', 'norm_measures']
 # %% ../../nbs/measures/sharpness.ipynb #e53ef75b
 import math
 from collections.abc import Iterable
+from contextlib import contextmanager, nullcontext
 
 import pandas as pd, torch
 import torch.nn.functional as F
@@ -42,22 +43,35 @@ class _Perturbed:
         return {k:self.weights[k]+step[k]*self.scale[k] for k in self.moved}
 
     def __call__(self, weights, x):
-        buffers = {name:b.clone() for name,b in self.model.named_buffers()}
+        written = any(module.training for module in self.model.modules())
+        buffers = {name:b.clone() if written else b for name,b in self.model.named_buffers()}
         return functional_call(self.model, buffers | self.weights | weights, (x,))
 
+    @contextmanager
+    def training(self, seed):
+        "Call the network as in training: dropout, drawn by a seed, and the statistics of the batch"
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.train()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+        for module,mode in modes: module.training = mode
+
     @torch.no_grad()
-    def accuracy(self, weights, x, y):
-        pairs = zip(x.split(self.bs), y.split(self.bs))
-        return sum((self(weights, inputs).argmax(1)==labels).sum() for inputs,labels in pairs).item()/len(y)
+    def accuracies(self, many, x, y):
+        "Mean accuracy of the network with each of several weights; waits for the device once"
+        hits = [(self(weights, inputs).argmax(1)==labels).sum() for weights in many
+            for inputs,labels in zip(x.split(self.bs), y.split(self.bs))]
+        return torch.stack(hits).sum().item()/len(y)/len(many)
 
 # %% ../../nbs/measures/sharpness.ipynb #59755981
-def _bisect(accuracy, high, target, steps=20):
-    "Largest m in [0,high] at which accuracy(m) is about target"
-    low,top = 0.,high
-    for _ in range(steps):
-        m = (low+high)/2
+def _bisect(accuracy, high, target):
+    "Largest m in [high/10000, high] at which accuracy(m) is about target"
+    low = 1e-4*high
+    while high>1.002*low:
+        m = math.sqrt(low*high)
         acc = accuracy(m)
-        if abs(acc-target)<5e-3 or high-low<1e-5*top: break
+        if abs(acc-target)<5e-3: break
         if acc<target: high = m
         else: low = m
     return m
@@ -67,26 +81,28 @@ def _random(net, x, y, gen, draws):
     def noise(k): return torch.randn(net.weights[k].shape, generator=gen).to(net.weights[k])
     noises = [{k:noise(k) for k in net.moved} for _ in range(draws)]
     def at(m, xi): return net.moved_by({k:m*v for k,v in xi.items()})
-    return lambda m: sum(net.accuracy(at(m, xi), x, y) for xi in noises)/draws
+    return lambda m: net.accuracies([at(m, xi) for xi in noises], x, y)
 
 # %% ../../nbs/measures/sharpness.ipynb #b04ad1fb
-def _worst(net, x, y, gen, steps, lr, target, bs=128):
+def _worst(net, x, y, gen, steps, lr, target, signs=False, train_mode=False, bs=128):
     "Function m -> accuracy after gradient ascent in the box of size m, the minimum in (2)"
     order = [torch.randperm(len(x), generator=gen)[:bs].to(x.device) for _ in range(steps)]
     def up(k, w, gradient, rate, m):
         if gradient is None: return w.detach()
         centre,reach = net.weights[k],m*net.scale[k]
-        return torch.minimum(torch.maximum(w+rate*gradient.nan_to_num(), centre-reach), centre+reach)
+        step = rate*gradient.nan_to_num() if not signs else reach/5*gradient.sign()
+        return torch.minimum(torch.maximum(w+step, centre-reach), centre+reach)
     def accuracy(m):
         weights = {k:net.weights[k].clone() for k in net.moved}
         for i,batch in enumerate(order):
             weights = {k:w.requires_grad_() for k,w in weights.items()}
-            with torch.enable_grad(): loss = F.cross_entropy(net(weights, x[batch]).float(), y[batch])
+            with torch.enable_grad(), net.training(i) if train_mode else nullcontext():
+                loss = F.cross_entropy(net(weights, x[batch]).float(), y[batch])
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             rate = lr if i<.6*steps else .1*lr
             with torch.no_grad(): weights = {k:up(k, w, g, rate, m) for (k,w),g in zip(weights.items(), gradients)}
-            if (i+1)%10==0 and (acc := net.accuracy(weights, x, y))<target-5e-3: return acc
-        return net.accuracy(weights, x, y)
+            if (i+1)%5==0 and (acc := net.accuracies([weights], x, y))<target-5e-3: return acc
+        return net.accuracies([weights], x, y)
     return accuracy
 
 # %% ../../nbs/measures/sharpness.ipynb #ec4b2ae7
@@ -99,7 +115,9 @@ def sharpness(
     target:float=.9, # accuracy to fall to, in (0,1)
     draws:int=10, # noises, >= 1
     steps:int=250, # of ascent, >= 1, the last 40% at a tenth of `lr`
-    lr:float=1., # of ascent, > 0
+    lr:float=1., # of ascent by gradients, > 0
+    signs:bool=False, # ascent by signs of gradients, a fifth of the box a step?
+    train_mode:bool=False, # ascent in training mode, as the authors?
     bs:int=500, # samples a batch of evaluation, >= 1
     seed:int=0 # of noise and of the batches of ascent
 )->float: # perturbation borne, relative to each weight: in [0,2] for noise, [0,0.25] for the worst case; large is flat
@@ -111,10 +129,10 @@ def sharpness(
         x,y = _sample(batches, device_of(network))
         gen = torch.Generator().manual_seed(seed)
         net = _Perturbed(network, kernels, batch_stats, bs)
-        acc = net.accuracy({}, x, y)
+        acc = net.accuracies([{}], x, y)
         if acc<target: raise ValueError(f"accuracy {acc:.3f} on the sample is below target={target}: train longer, or "
             "lower the target")
-        if worst: return _bisect(_worst(net, x, y, gen, steps, lr, target), .25, target)
+        if worst: return _bisect(_worst(net, x, y, gen, steps, lr, target, signs, train_mode), .25, target)
         return _bisect(_random(net, x, y, gen, draws), 2., target)
 
 def sharpness_measures(
@@ -172,8 +190,8 @@ def norm_measures(
         x,y = _sample(batches, device_of(network))
         weights = [w.detach() for layer in select_layers(network).values() for w in weight_view(layer).float()]
         margin = _margin(network, x, y, bs)
-        spectral = sum(2*_log(torch.linalg.matrix_norm(w, 2).item()) for w in weights)
+        spectral = sum(2*_log(torch.linalg.matrix_norm(w.cpu(), 2).item()) for w in weights) # many small ones
         inverse = -2*math.log(margin) if margin>0 else math.nan
         return pd.Series(dict(parameters=sum(p.numel() for p in network.parameters()),
-            param_norm=sum(w.square().sum().item() for w in weights), spectral=spectral, path=path_norm(network, x),
+            param_norm=torch.stack([w.square().sum() for w in weights]).sum().item(), spectral=spectral, path=path_norm(network, x),
             margin=margin, inverse_margin=inverse, spectral_margin=spectral+inverse))
