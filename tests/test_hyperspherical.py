@@ -7,16 +7,27 @@ import numpy as np, pytest, torch
 from fastai.basics import Learner
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from phantom_nb.contract import check_regularizer
 from phantom_nb.data import get_dls
 from phantom_nb.experiments.bench import plain_energy
-from phantom_nb.regularizers.hyperspherical import MHE, authors_factors, hyperspherical_energy
+from phantom_nb.plain import attach
+from phantom_nb.regularizers.energy import _fits_padding
+from phantom_nb.regularizers.hyperspherical import MHE, CoMHE, authors_factors, hyperspherical_energy
 
 REF = Path(__file__).parent/'reference'
 ARRAYS = np.load(REF/'hyperspherical.npz')
 CASES = [c for c in json.loads((REF/'hyperspherical.json').read_text())['cases'] if c['kind'] in ('hidden','final')]
 FORMS = [dict(s=s, half_space=h, angular=a) for s in (0,1,2,.7,5) for h in (False,True) for a in (False,True)]
+
+class Operations(TorchDispatchMode):
+    "Count what is launched"
+    n = 0
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.n += 1
+        return f(*args, **(kwargs or {}))
 
 def neurons(key): return torch.from_numpy(np.ascontiguousarray(ARRAYS[key].reshape(-1, ARRAYS[key].shape[-1]).T))
 
@@ -197,6 +208,30 @@ def test_layers_of_equal_shape_go_through_together():
     for name,e in mhe.energies().items():
         w = mhe.selected[name].weight
         assert abs(e-hyperspherical_energy(w, half_space=w.shape[0]!=10)) < 1e-6
+
+@pytest.mark.parametrize('make', [partial(MHE, half_space=True), partial(MHE, s=0.), partial(CoMHE, 'random', k=5), partial(CoMHE, 'expected', k=5)])
+def test_padded_as_on_a_gpu(monkeypatch, make):
+    "All layers in one go give the energies and gradients of one by one, in fewer operations (views counted)"
+    import phantom_nb.regularizers.energy as energy
+    model = nn.Sequential(nn.Flatten(), *[nn.Linear(a, b) for a,b in ((64,32), (32,40), (40,7), (7,40), (40,12), (12,10))])
+    found = {}
+    for padded in (False, True):
+        if padded: monkeypatch.setattr(energy, '_fits_padding', lambda ws: True)
+        cb = make()
+        with attach(model, cb) as penalty:
+            model(torch.zeros(1, 64))
+            with Operations() as counted: grads = torch.autograd.grad(penalty(), list(model.parameters()), allow_unused=True)
+        found[padded] = cb.records[0][3],grads,counted.n
+    assert abs(found[True][0]-found[False][0])<1e-5*abs(found[False][0])
+    assert all(torch.allclose(a, b, atol=1e-6) for a,b in zip(found[True][1], found[False][1]) if a is not None)
+    assert found[True][2]<.6*found[False][2]
+
+def test_padding_is_for_small_layers_on_a_gpu():
+    with FakeTensorMode():
+        small,large = [[torch.empty(1, n, 8, device='cuda') for n in (4, size)] for size in (9, 3000)]
+        assert _fits_padding(small) and not _fits_padding(large) and not _fits_padding(small[:1])
+        assert not _fits_padding([small[0], small[1].half()]) and not _fits_padding([w.half() for w in small])
+    assert not _fits_padding([torch.empty(1, 4, 8)]*2)
 
 def test_energies_before_a_fit_say_what_to_do():
     with pytest.raises(ValueError, match='fit first'): MHE().energies()

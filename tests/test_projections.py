@@ -304,6 +304,32 @@ def test_groups_are_whole_channels(size, n):
     cb.selected = dict(a=nn.Conv2d(8, 4, size))
     assert cb.n_groups('a', 8*size*size)==n
 
+@pytest.mark.parametrize('size', [1, 3, 5, 7])
+def test_groups_of_one_channel(size):
+    cb = CoMHE('group', k=1)
+    cb.selected = dict(a=nn.Conv2d(8, 4, size))
+    assert cb.n_groups('a', 8*size*size)==8
+
+def test_learned_projections_lower_the_energy():
+    "What is learned goes the other way than the adversary, and the gradient does not go through the step"
+    ends = {}
+    for kind in ('learned','adversarial'):
+        cb = CoMHE(kind, k=4, unrolled=False, first_layer='skip', output_layer='skip', seed=1)
+        fit(learner(Odd(), cb, lr=0.))
+        before = cb.penalty().item()
+        for _ in range(20):
+            cb.steps += 1
+            after = cb.penalty().item()
+        ends[kind] = after-before
+    assert ends['learned']<0<ends['adversarial'] and not CoMHE('learned').unrolled and CoMHE('adversarial').unrolled
+
+def test_projections_by_width():
+    "The authors' pnd: a projection for so many neurons"
+    cb = CoMHE(per_neurons=4, k=5)
+    fit(learner(Odd(), cb))
+    assert all(len(p[0])==max(1, stack.shape[1]//4) for stack,p in cb.basis.items()) and len({len(p[0]) for p in cb.basis.values()})>1
+    with pytest.raises(ValueError, match='per_neurons=4'): CoMHE('group', per_neurons=4)
+
 def test_expected_is_half_space_with_a_larger_weight():
     cb = CoMHE('expected', k=10)
     fit(learner(Odd(), cb))
@@ -325,6 +351,7 @@ def test_in_a_plain_loop():
 def test_paper_preset():
     cb = CoMHE.paper()
     assert (cb.projection, cb.k, cb.m, cb.redraw, cb.p_steps, cb.eps, cb.hidden, cb.output) == ('random', 40, 20, 1, 0, 1e-4, 1., 10.)
+    assert cb.share_basis and not CoMHE().share_basis
     cb = CoMHE.paper('angle')
     assert (cb.k, cb.m, cb.redraw, cb.p_steps, cb.unrolled, cb.p_lr, cb.p_wd) == (30, 1, 0, 1, True, None, 1e-3*5e-4)
     cb = CoMHE.paper('adversarial')
@@ -351,7 +378,8 @@ def test_nothing_to_project_is_refused():
     with pytest.raises(ValueError, match=r'k=100: no layer to project.*\[9, 36, 8'): fit(learner(Odd(), CoMHE(k=100)))
 
 SETTINGS = [dict(projection='random', m=3, redraw=3, reduce='max'), dict(projection='angle', unrolled=False, k=5, m=2, share_basis=True, output_layer='project'),
-    dict(projection='adversarial', steps=2, redraw=3, first_layer='project', k=8), dict(projection='group', reduce='max', m=2, redraw=2), dict(projection='expected')]
+    dict(projection='adversarial', steps=2, redraw=3, first_layer='project', k=8), dict(projection='group', reduce='max', m=2, redraw=2), dict(projection='expected'),
+    dict(projection='learned', per_neurons=2)]
 @pytest.mark.parametrize('o', SETTINGS, ids=str)
 def test_contract(o): assert set(check_regularizer(partial(CoMHE, **o)).result) == {'kept'}
 

@@ -259,14 +259,11 @@ class CoMHE(MHE):
         ws = {stack:_wide(self.stack_weights(names)) for stack,names in self.stacks.items()}
         ys = {stack:w[:,None] for stack,w in ws.items()}
         ys |= self.project_stacks({stack:w for stack,w in ws.items() if stack.role=='project'}, advance)
-        energies = {}
-        for half in True,False:
-            some = [stack for stack in ys if self.is_half(stack)==half]
-            form = Form(self.s, half, self.angular, self.eps)
-            for stack,e in zip(some, projected_energies([ys[stack] for stack in some], form)):
-                energies[stack] = REDUCE[self.reduce](e)
-                if self.projection=='expected' and stack.role=='project':
-                    energies[stack] = expected_of(energies[stack], stack.shape[1], self.k)
+        form = Form(self.s, False, self.angular, self.eps)
+        found = projected_energies(list(ys.values()), form, [self.is_half(stack) for stack in ys])
+        energies = {stack:REDUCE[self.reduce](e) for stack,e in zip(ys, found)}
+        for stack in energies if self.projection=='expected' else ():
+            if stack.role=='project': energies[stack] = expected_of(energies[stack], stack.shape[1], self.k)
         return energies
 
     def penalty(self):

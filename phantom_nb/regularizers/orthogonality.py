@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..checks import one_of, whole
 from ..core import Regularizer, weight_view
-from .energy import MHE, directions
+from .energy import MHE, directions, in_groups
 
 # %% ../../nbs/regularizers/orthogonality.ipynb #67dab8b4
 FORMS = ('soft', 'double', 'coherence', 'spectral')
@@ -95,4 +95,4 @@ class SquaredCosine(MHE):
     ):
         super().__init__(lam, hidden=hidden, output=output, every=every, layers=layers)
 
-    def layer_energies(self, w, stack): return squared_cosine(w)
+    def group_energies(self, ws, halves): return in_groups(squared_cosine, ws)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import number, one_of, whole
-from .energy import Form, _check_neurons, _energy_grad, _wide, directions, full_float32
-from .energy import hyperspherical_energy, radial_part
+from .energy import Form, _check_neurons, _energy_grad, _wide, directions, energies_together
+from .energy import full_float32, hyperspherical_energy, in_groups, radial_part
 
 # %% ../../nbs/regularizers/projections.ipynb #c27f3293
 def project(
@@ -34,23 +34,13 @@ def gradient_in_p(
     return (v.flatten(1, 2)@w.flatten(1, 2)).unflatten(1, v.shape[1:3])
 
 # %% ../../nbs/regularizers/projections.ipynb #b640661a
-def _batched(f, *lists):
-    "Apply `f` at once to all tensors that agree in shape but for the first axis, and take the result apart again"
-    shapes = [tuple(x.shape[1:] for x in xs) for xs in zip(*lists)]
-    results = {}
-    for shape in dict.fromkeys(shapes):
-        at = [i for i,other in enumerate(shapes) if other==shape]
-        out = f(*[torch.cat([xs[i] for i in at]) for xs in lists])
-        results |= zip(at, out.split([len(lists[0][i]) for i in at]))
-    return [results[i] for i in range(len(shapes))]
-
 def projected_energies(
     ys:list, # of (l,m,g,n,k) projected neurons, a tensor a stack of layers
-    form:Form # which energy
+    form:Form, # which energy
+    halves:list|None=None # of bool: in half space, a stack each; None for the form's
 )->list: # of (l,m) energies, averaged over the g groups
-    "Compute the energies of several stacks; those with as many neurons go through together."
-    def f(y): return hyperspherical_energy(y, *form, each=True)
-    es = _batched(f, [y.flatten(0, 2) for y in ys])
+    "Compute the energies of several stacks; those with as many neurons go through together, on a GPU all of them."
+    es = energies_together([y.flatten(0, 2) for y in ys], halves or [form.half_space]*len(ys), form._replace(half_space=False))
     return [e.view(y.shape[:3]).mean(2) for e,y in zip(es, ys)]
 
 # %% ../../nbs/regularizers/projections.ipynb #d4f91289
@@ -143,7 +133,7 @@ def angle_slopes(
     "Compute the gradients of the distortion in the projections (eq. 8)."
     ys = [project(w, p) for w,p in zip(ws, ps)]
     targets = [c[:,None].expand(-1, y.shape[1], -1, -1, -1).flatten(0, 1) for c,y in zip(cs, ys)]
-    vs = _batched(lambda y,c: distortion_slope(y, c, form.eps), [y.flatten(0, 1) for y in ys], targets)
+    vs = in_groups(lambda y,c: distortion_slope(y, c, form.eps), [y.flatten(0, 1) for y in ys], targets)
     return [gradient_in_p(v.view(y.shape), w) for v,y,w in zip(vs, ys, ws)]
 
 # %% ../../nbs/regularizers/projections.ipynb #58918dfd
@@ -196,7 +186,7 @@ def energy_slopes(
             _,m,y_hat = _energy_grad(y, form)
             return m if y_hat is None else m@y_hat
     ys = [project(w, p) for w,p in zip(ws, ps)]
-    vs = _batched(slope, [y.flatten(0, 2) for y in ys])
+    vs = in_groups(slope, [y.flatten(0, 2) for y in ys])
     return [gradient_in_p(v.view(y.shape)/y.shape[2], w) for v,y,w in zip(vs, ys, ws)]
 
 # and which way to go
