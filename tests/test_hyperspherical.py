@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np, pytest, torch
 from fastai.basics import Learner
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,6 +70,46 @@ def test_panels_agree_with_autograd(form, d):
     assert abs(e/oracle-1) < 1e-10
     a,b = torch.autograd.grad(e, w)[0],torch.autograd.grad(oracle, w)[0]
     assert (a-b).abs().max() < 1e-8*b.abs().max()
+
+DTYPES = {torch.float64:30, torch.float32:20, torch.bfloat16:15, torch.float16:2} # and powers of ten that keep all digits (lengths below 1e-33 count as zero)
+
+@settings(max_examples=150, deadline=None)
+@given(n=st.integers(2, 12), d=st.integers(2, 40), form=st.sampled_from([f for f in FORMS if not f['angular']]), dtype=st.sampled_from(list(DTYPES)),
+    power=st.floats(-1, 1), zeros=st.integers(0, 2), seed=st.integers(0, 10**6))
+def test_every_type_and_scale_against_float64(n, d, form, dtype, power, zeros, seed):
+    "To first order a cosine that is off by delta moves f(u) by 2|f'(u)|delta; delta is within 4+sqrt(d) units in the last place"
+    w = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    w[n-min(zeros, n-1):] = 0
+    w = (w*10**(power*DTYPES[dtype])).to(dtype)
+    e,exact = hyperspherical_energy(w, **form).double(),w.double()
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    exact = exact/exact.abs().amax().clamp_min(1e-300)
+    exact = exact/exact.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    x = torch.cat([exact,-exact]) if form['half_space'] else exact
+    i,j = torch.triu_indices(len(x), len(x), 1)
+    u,s = 2-2*(x@x.T)[i,j],form['s']
+    f = -u.log()/2 if s==0 else u**(-s/2)
+    slope = 1/(2*u) if s==0 else s/2*u**(-s/2-1)
+    delta = (4+d**.5)*eps
+    assume((u>100*delta).all()) # first order ends there
+    assert abs(e-f.mean()) <= 2*delta*slope.mean() + 8*eps*f.abs().mean()
+
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(2, 9), d=st.integers(1, 6), form=st.sampled_from(FORMS), dtype=st.sampled_from(list(DTYPES)), power=st.floats(-1, 1), seed=st.integers(0, 10**6))
+def test_degenerate_rows_in_any_order(n, d, form, dtype, power, seed):
+    "Copies, opposites and zeros: finite, and the order of the rows does not matter"
+    gen = torch.Generator().manual_seed(seed)
+    factors = torch.tensor([0., 1., -1., 2.])[torch.randint(4, (n,1), generator=gen)]
+    w = torch.randn(3, d, generator=gen)[torch.randint(3, (n,), generator=gen)]*factors
+    w = (w.double()*10**(power*min(DTYPES[dtype], 30))).to(dtype)
+    order,energies = torch.randperm(n, generator=gen),[]
+    for x in (w, w[order]):
+        x = x.clone().requires_grad_()
+        e = hyperspherical_energy(x, **form)
+        g, = torch.autograd.grad(e, x)
+        assert e.isfinite() and g.isfinite().all()
+        energies.append(e.item())
+    assert abs(energies[0]-energies[1]) <= 1e-3*abs(energies[0])+1e-6 # the cap keeps the last digits of copies out
 
 def test_groups_are_a_mean_of_their_own():
     w = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
