@@ -21,7 +21,7 @@ from rich.console import Console
 from . import __version__
 from .checks import Refusals, one_of, whole
 from .experiments.methods import METHODS, method_parts
-from .experiments.run import DATA_NAMES, MODEL_NAMES, Run, check_data, check_model
+from .experiments.run import DATA_NAMES, MODEL_NAMES, Run, check_data
 
 # %% ../nbs/cli.ipynb #0cdff72d
 def seconds_of(
@@ -470,8 +470,7 @@ Figure = Annotated[Path|None, _option("File of the figure (.png, .svg, .pdf). "
     "Default: LEARNER.png beside the learner.")]
 
 @app.command()
-def measure(learner:Saved, data:Data='digits', n:Sample=None, size:Size=None, plot:Figure=None,
-    root:Root=None):
+def measure(learner:Saved, data:Data='digits', n:Sample=None, size:Size=None, plot:Figure=None, root:Root=None):
     "Report how much a saved learner tells apart inside its classes, by layer; save the figure."
     plot = plot or learner.with_suffix('.png')
     with _checks() as check:
