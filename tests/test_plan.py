@@ -119,3 +119,78 @@ def test_durations(text, seconds): assert cli.seconds_of(text)==seconds
 @pytest.mark.parametrize('text', ['', 'h', '3 days', '-5s', '0', '30 m 2'])
 def test_wrong_durations(text):
     with pytest.raises(ValueError, match='such as 90s, 30m'): cli.seconds_of(text)
+
+def compare(capsys, *args):
+    "Status, output and errors of `phantom_nb compare`, quick and in one process"
+    with pytest.raises(SystemExit) as e: cli.main(['compare', '--size', '16', '--epochs', '1', '--jobs', '1', *args])
+    said = capsys.readouterr()
+    return e.value.code, said.out, said.err
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    "Makes a folder of three classes of noise: few(n) images each"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    rng = np.random.default_rng(0)
+    def make(n, place='imgs'):
+        for name in ('ant','bee','cat'):
+            (tmp_path/place/name).mkdir(parents=True, exist_ok=True)
+            for k in range(n): Image.fromarray(rng.integers(0, 255, (20,24,3), dtype='uint8')).save(tmp_path/place/name/f'{k}.png')
+        return './imgs'
+    return make
+
+def test_changed_images_are_not_shown_as_new(few, capsys):
+    folder = few(8)
+    code,out,_ = compare(capsys, '--data', folder, '--methods', 'none', '--seeds', '2')
+    assert code==0 and '21 images train, 3 judge' in out and 'one image more or less right is 33 points' in out and '[2/2]' in out
+    first = load_results('compare/imgs-all/runs')
+    code,out,_ = compare(capsys, '--data', folder, '--methods', 'none', '--seeds', '2')
+    assert '2 of 2 runs are recorded already' in out and 'other images' not in out
+    few(9)
+    code,out,_ = compare(capsys, '--data', folder, '--methods', 'none', '--seeds', '2')
+    assert code==0 and '2 more in compare/imgs-all saw other images' in out and 'recorded already' not in out
+    table = pd.read_csv('compare/imgs-all/results.csv')
+    assert len(table)==2 and not set(table.key) & set(first.key) and first.images.nunique()==1 and set(table.images)!=set(first.images)
+
+def test_one_image_a_class_is_refused_before_training(few, capsys):
+    code,out,err = compare(capsys, '--data', few(1))
+    assert code==2 and 'no image is left to judge' in err and 'Traceback' not in err and not Path('compare').exists()
+    code,out,err = compare(capsys, '--data', few(2), '--time-budget', '9m')
+    assert code==2 and "the class 'ant' has 1 training image" in err
+
+def test_the_training_part_of_a_data_set_is_told(few, capsys):
+    few(4, 'set/train')
+    few(3, 'set/test')
+    code,out,_ = compare(capsys, '--data', './set/train', '--methods', 'none', '--seeds', '1')
+    assert "is the training part of 'set': name that folder to use its 'test' too" in out
+    assert '1 epoch' in out and '1 epochs' not in out and '1 seeds' not in out
+    code,out,_ = compare(capsys, '--data', './set', '--methods', 'none', '--seeds', '1')
+    assert 'training part' not in out and '12 images train, 9 judge' in out
+
+def test_plain_training_is_added_and_progress_names_the_method(few, capsys):
+    code,out,_ = compare(capsys, '--data', few(4), '--methods', 'mixup', '--seeds', '1')
+    assert 'Plain training (none) is added' in out and '[2/2] mixup seed 0' in out and 'closest to none: mixup' in out or 'Best against none: mixup' in out
+
+def test_the_answer_shows_its_validation_numbers_and_the_time_that_was_understood(photos, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    code,out,_ = compare(capsys, '--data', './photos', '--methods', 'dropout', '--seeds', '3', '--time-budget', '1800')
+    assert 'of the 30 min given' in out and '(others with every seed)' in out
+    last = out.splitlines()[-1]
+    assert 'on the validation images' in last.lower() or 'chosen on validation images' in last.lower()
+    assert re.search(r'[\d.]+ % against [\d.]+ % of plain training', last), last
+    code,_,err = compare(capsys, '--data', './photos', '--methods', 'dropout', '--seeds', '9', '--time-budget', '0.001', '--out', 'x')
+    assert code==2 and 'a time of 1 s is too short: 2 methods, 9 seeds and 1 epoch take about' in err
+
+def test_too_few_runs_choose_nothing():
+    plain = rows('none', [.70,.72,.71], [.69,.70,.70])
+    good = rows('dropout', [.74,.75,.76], [.73,.74,.745])
+    told = advise(pd.DataFrame(plain[:1]+good[:1]), methods=('none','dropout'), seeds=3)
+    assert told=='2 of 6 runs are finished, too few to choose a method: that takes 3 seeds of every method.'
+    assert 'Use dropout' in advise(pd.DataFrame(plain+good), methods=('none','dropout'), seeds=3)
+    assert 'too few' in advise(pd.DataFrame(plain+good), methods=('none','dropout','mixup'), seeds=3)
+    assert '75.0 % against 71.0 % of plain training' in advise(pd.DataFrame(plain+good))
+
+def test_few_test_images_show_less():
+    sizes = [float(re.search(r'about ([\d.]+)', detectable_words(5, 4, n))[1]) for n in (10_000, 1000, 100, 30)]
+    assert sizes==sorted(sizes) and sizes[-1]>3*sizes[0] and 'no difference at all' in detectable_words(3, 8, 1)
