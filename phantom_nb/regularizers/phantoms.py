@@ -173,20 +173,21 @@ def _mix(z, y, draws, nearest, head, loss_func, alpha):
     return masked_mean(sum(by_class), valid)
 
 # %% ../../nbs/regularizers/phantoms.ipynb #244ecee9
-def _cosines_to_phantoms(z, y, draws, nearest, n_classes):
+def _cosines_to_phantoms(z, y, shares, draws, nearest, n_classes):
     "Cosines to the own phantoms (B,m), to those of the other classes (B,C), -inf for none; which own ones count (B,m)"
     own,valid = _own_phantoms(z, y, nearest=nearest, **draws)
     if nearest: draws = draws | dict(k=None) # the nearest of *other* classes would be the ones that are confused
     p_class,present = class_phantoms(z, y, n_classes, **draws)
-    z_hat = directions(z)
-    to_own = (z_hat[:,None]*directions(own)).sum(-1)
+    sizes = [len(z), valid.numel(), len(p_class)]
+    z_hat,own_hat,p_hat = directions(torch.cat([z, own.flatten(0, 1), p_class])).split(sizes) # one call, for a GPU
+    to_own = (z_hat[:,None]*own_hat.view_as(own)).sum(-1)
     mine = class_counts(y, len(p_class), z.dtype).T>0
-    to_class = (z_hat@directions(p_class).T).masked_fill(mine | ~present, -math.inf)
-    return to_own, to_class, valid & (members(y)[1]>0)
+    to_class = (z_hat@p_hat.T).masked_fill(mine | ~present, -math.inf)
+    return to_own, to_class, valid & (shares>0)
 
-def _by_share(losses, y, valid):
+def _by_share(losses, shares, valid):
     "Mean of losses (B,m) over the classes of a sample, each by its share (equation 14, left)"
-    shares = torch.where(valid, members(y)[1].to(losses.dtype), 0)
+    shares = torch.where(valid, shares.to(losses.dtype), 0)
     total = shares.sum()
     return torch.where(valid, shares*losses, 0).sum()/(total+(total==0))
 
@@ -211,11 +212,11 @@ def _separate(z, y, draws, n_classes):
     cosines,pairs = pair_cosines(*class_phantoms(z, y, n_classes, **draws))
     return masked_mean(cosines.relu(), pairs)
 
-def _pull(z, y, draws, nearest):
+def _pull(z, y, shares, draws, nearest):
     "Half the squared distance to the own phantom (equation 11)"
     own,valid = _own_phantoms(z, y, nearest=nearest, **draws)
     losses = (z[:,None]-own).square().sum(2)/2
-    return _by_share(losses, y, valid & (members(y)[1]>0))
+    return _by_share(losses, shares, valid & (shares>0))
 
 # %% ../../nbs/regularizers/phantoms.ipynb #2d881587
 def _pairs(z, y, k, generator, detach, bank, right, nearest, tau):
@@ -287,12 +288,13 @@ def phantom_loss(
         draws = dict(k=k, generator=generator, detach=detach, bank=bank, right=right)
         if mode=='mix': return _mix(z, y, draws, nearest, head, loss_func or _cross_entropy, alpha)
         if mode=='separate': return _separate(z, y, draws, n_classes)
-        if mode=='pull': return _pull(z, y, draws, nearest)
         if mode=='pairs': return _pairs(z, y, nearest=nearest, tau=tau, **draws)
-        to_own,to_class,valid = _cosines_to_phantoms(z, y, draws, nearest, n_classes)
+        _,shares = members(y)
+        if mode=='pull': return _pull(z, y, shares, draws, nearest)
+        to_own,to_class,valid = _cosines_to_phantoms(z, y, shares, draws, nearest, n_classes)
         if mode=='margin': losses = _margin(to_own, to_class, valid, margin)
         else: losses = _contrast(to_own, to_class, valid, tau)
-        return _by_share(losses, y, valid)
+        return _by_share(losses, shares, valid)
 
 # %% ../../nbs/regularizers/phantoms.ipynb #bda8017f
 def combine_with_phantoms(
