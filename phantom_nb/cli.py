@@ -404,6 +404,7 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accu
         for condition in where or []:
             if '=' not in condition: check.refuse(f"--where {condition!r}: write column=value, for instance data=digits")
     from phantom_nb.experiments.report import as_markdown, filter_rows, plot_comparisons, save_figure, show_results
+    from phantom_nb.experiments.report import tell_apart
     from phantom_nb.experiments.store import load_results, save_results, write_atomic
     df,console = load_results(path),_wide_console()
     df = df[df.experiment!='tune'] if len(df) else df
@@ -414,6 +415,8 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accu
         check(one_of, 'metric', metric, [*df.select_dtypes('number')])
         df = check(filter_rows, df, where)
         if df is not None and not len(df): check.refuse(f"no runs in {path} with {' and '.join(where)}")
+        elif df is not None and baseline!='none':
+            check(one_of, 'baseline', baseline, sorted((df if columns else tell_apart(df)[0]).method.unique()))
     higher = None if lower_is_better is None else not lower_is_better
     table = show_results(df, console, columns, metric=metric, baseline=baseline, higher_is_better=higher)
     if export:

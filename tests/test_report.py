@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from phantom_nb.experiments.report import (BETTER, NEITHER, WORSE, as_markdown, as_rich, direction_words, filter_rows, front_figure, house_style, metric_words,
-    plot_comparison, plot_comparisons, show_comparison, show_results, tell_apart, verdict)
+    plot_comparison, plot_comparisons, run_labels, show_comparison, show_results, tell_apart, verdict)
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.stats import comparison, comparisons
 from test_stats import LUCK, RUNS, frame, null_frame
@@ -43,7 +43,16 @@ def test_words_for_too_few_seeds_and_no_pairs():
         text = verdict(comparison(frame(dict(none=[.5,.6][:n], up=[.9,1.][:n]))))
         assert text==f'Best against none: up, +40.0 points. {words} no interval: run three or more to tell chance from effect.'
     assert 'agree to the last digit' in verdict(comparison(frame(dict(none=LUCK, same=LUCK, plus=LUCK+.1))))
-    assert verdict(comparison(frame(dict(mhe=[.5,.6]))))=='Nothing can be compared with none: no two runs share a seed.'
+    assert verdict(comparison(frame(dict(mhe=[.5,.6]))))=='Nothing can be compared with none: no run of it is here.'
+    assert verdict(comparison(frame(dict(none=[.5,.6]))))=='There are only runs of none: nothing is compared.'
+    apart = pd.concat([frame(dict(none=[.5,.6])), frame(dict(mhe=[.5,.6])).assign(seed=[7,8])])
+    assert verdict(comparison(apart))=='Nothing can be compared with none: no two runs share a seed.'
+
+def test_runs_are_named_by_what_varies():
+    runs = [Run(method='mhe', settings=dict(lam=lam), n_train=n, lr=lr, seed=seed) for lam in (.1,1.) for n in (50,None) for lr in (.01,.1) for seed in (0,1)]
+    labels = run_labels(runs)
+    assert len(set(labels.values()))==len(runs) and labels[runs[0].key]=='50 lr=0.01 mhe lam=0.1 seed 0' and 'all lr=0.1 mhe lam=1.0 seed 1' in labels.values()
+    assert list(run_labels(runs[:1]).values())==['mhe seed 0']
 
 def test_words_for_a_loss_and_for_runs_left_out():
     df = frame().rename(columns=dict(accuracy='loss'))

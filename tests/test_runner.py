@@ -346,3 +346,13 @@ def test_a_data_set_is_loaded_once_a_process_and_a_folder_every_time(tmp_path, m
         learner.load_data(replace(QUICK, data=str(tmp_path)))
     learner._known_data.cache_clear()
     assert seen.count('digits')==1 and seen.count(str(tmp_path))==2
+
+def test_all_that_is_wrong_with_a_run_is_said_at_once():
+    with pytest.raises(ValueError) as e: Run(data='digit', model='cnn', lr=0., epochs=0, method='mpu', opt='sdg')
+    for what in ("data='digit'", "model='cnn'", 'lr=0.0', 'epochs=0', "method='mpu'", "opt='sdg'"): assert what in str(e.value)
+    assert 'folder of images' in str(e.value) and 'timm:NAME' in str(e.value)
+
+@pytest.mark.parametrize('kw', [dict(data=3), dict(experiment='../up'), dict(method='isda', settings=dict(diagonal='x')), dict(method='mhe', settings=dict(every=True)), dict(lr=10**400),
+    dict(method='mixup', settings=dict(alpha=-1))], ids=str)
+def test_wrong_kinds_are_refused(kw):
+    with pytest.raises(ValueError): make_method(Run(**kw).method, **kw.get('settings', {}))
