@@ -127,7 +127,8 @@ def _known_words(command, words, check):
     kept,given,words = [],[],list(words)
     while words:
         word = words.pop(0)
-        if word.startswith('-') and word!='-': kept += _option_words(word, words, options, check, len(given)>=len(places))
+        behind = len(given)>=len(places) # the places are filled, so a further word is a value
+        if word.startswith('-') and word!='-': kept += _option_words(word, words, options, check, behind)
         else: given.append(word)
     if len(given)>len(places): check.refuse(f"{' '.join(given[len(places):])!r}: nothing is expected here")
     lost = [place for place in places[len(given):] if place.needed]
@@ -221,8 +222,9 @@ def _check_folder(name, folder):
     "Refuse a folder that cannot be written, before anything is computed for it"
     found = folder.expanduser().absolute()
     while not found.exists() and found!=found.parent: found = found.parent
-    if not found.is_dir(): raise ValueError(f"{name}={str(folder)!r}: {str(found)!r} is a file, give a folder")
-    if not os.access(found, os.W_OK|os.X_OK): raise ValueError(f"{name}={str(folder)!r}: {str(found)!r} cannot be written")
+    told = f"{name}={str(folder)!r}: {str(found)!r}"
+    if not found.is_dir(): raise ValueError(f"{told} is a file, give a folder")
+    if not os.access(found, os.W_OK|os.X_OK): raise ValueError(f"{told} cannot be written")
 
 def _shared_fields(data, model, pretrained, augment, size, lr, precision):
     "Fields of `Run` that all runs of a comparison share"
@@ -261,7 +263,8 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     from phantom_nb.experiments import plan, runner
     from phantom_nb.experiments.report import show_comparison
     console,advice = _wide_console(),None
-    if methods and len(chosen)>len(methods.split(',')): _say(console, "Plain training (none) is added, to compare with.")
+    added = methods and 'none' not in methods.replace(' ', '').split(',')
+    if added: _say(console, "Plain training (none) is added, to compare with.")
     shared, = runner.name_images([Run(**{**fields, 'frozen':0})])
     if shared.images: fields['images'] = shared.images
     if budget is None:
@@ -402,7 +405,8 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accu
             if file: check(_check_folder, name, file.parent)
         if not path.exists(): check.refuse(f"{path} does not exist: give a store's folder or a .jsonl file")
         for condition in where or []:
-            if '=' not in condition: check.refuse(f"--where {condition!r}: write column=value, for instance data=digits")
+            if '=' in condition: continue
+            check.refuse(f"--where {condition!r}: write column=value, for instance data=digits")
     from phantom_nb.experiments.report import as_markdown, filter_rows, plot_comparisons, save_figure, show_results
     from phantom_nb.experiments.report import tell_apart
     from phantom_nb.experiments.store import load_results, save_results, write_atomic
@@ -483,7 +487,8 @@ def measure(learner:Saved, data:Data='digits', n:Sample=None, size:Size=None, pl
         if size is not None: check(whole, 'size', size, 1)
         check(_check_root, root)
         if not learner.is_file():
-            check.refuse(f"no learner at {str(learner)!r}: save one with learn.export('learner.pkl'), and give its file")
+            remedy = "save one with learn.export('learner.pkl'), and give its file"
+            check.refuse(f"no learner at {str(learner)!r}: {remedy}")
         if not plot.parent.is_dir(): check.refuse(f"{str(plot)!r}: the folder does not exist, make it first")
     from phantom_nb.experiments.learner import loaders_for, open_learner
     from phantom_nb.experiments.report import save_figure

@@ -262,7 +262,7 @@ def _check_device(sets, device):
 def get_dls(
     data:str|Path|ImageData='digits', # a key of `DATASETS`, a folder of images, or a data set in memory
     n_train:int|None=None, # training images, class-balanced; default: all that don't validate
-    n_valid:int|None=None, # validation images, class-balanced; default: the set's own, a tenth of each class, or one; 0: none
+    n_valid:int|None=None, # validation images, class-balanced; default: its own, a tenth of each class, or one; 0: none
     bs:int=64, # training images in a batch, at least 1
     seed:int=0, # of subset, order and augmentation; at least 0
     augment:bool|str|Augment|Sequence[Transform]|None=False, # a recipe: auto, none, crop (also True), resized, full

@@ -253,7 +253,8 @@ def detectable_words(
     if not n_methods: return "There is only plain training: nothing is compared."
     size = 100*smallest_detectable(seeds, paired_sd(n_test), 1-.05/n_methods)
     if size>100: return f"{counted(seeds, 'seed')} and {counted(n_test, 'test image')} can show no difference at all."
-    return f"{counted(seeds, 'seed')} can show differences of about {size:{'.1f' if size<10 else '.0f'}} points or more."
+    points = f"{size:.1f}" if size<10 else f"{size:.0f}"
+    return f"{counted(seeds, 'seed')} can show differences of about {points} points or more."
 
 # %% ../../nbs/experiments/plan.ipynb #0904b689
 def mean_and_interval(

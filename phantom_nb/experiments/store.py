@@ -90,8 +90,11 @@ def _read_row(text):
     except ValueError: return None, "is cut short or no JSON"
     if not isinstance(row, dict): return None, "is no result"
     check = row.pop('check', None)
-    if check is not None and check!=check_sum(text.rpartition(CHECK)[0]+'}'): return None, "was changed after it was written"
+    before = text.rpartition(CHECK)[0]
+    if check not in (None, check_sum(f'{before}}}')): return None, "was changed after it was written"
     return row, ''
+
+def _text(path): return Path(path).read_bytes().decode(errors='replace')
 
 def _warn(spoilt):
     "Say in one sentence what is left out"
@@ -106,7 +109,7 @@ def recorded_row(
     "Read the row of a run; a spoilt file is named and put aside (ours)."
     path = run_file(store, run)
     if not path.exists(): return None
-    row,wrong = _read_row(path.read_bytes().decode(errors='replace'))
+    row,wrong = _read_row(_text(path))
     if not wrong and row.get('key')!=run.key: wrong = "is the row of another run"
     if not wrong: return row
     path.replace(path.with_name(f'{path.name}.bad'))
@@ -115,8 +118,8 @@ def recorded_row(
 def read_lines(
     path:str|Path # .jsonl file
 )->list: # dicts
-    "Read a file of JSON lines, with a warning for spoilt ones; raise a `ValueError` for another kind of file (JSON Lines)."
-    text = Path(path).read_bytes().decode(errors='replace')
+    "Read JSON lines, with a warning for spoilt ones; raise a `ValueError` for another kind of file (JSON Lines)."
+    text = _text(path)
     lines = {i:_read_row(line) for i,line in enumerate(text.splitlines(), 1) if line.strip()}
     rows = [row for row,wrong in lines.values() if not wrong]
     if lines and not rows: raise ValueError(f"{path} holds no results: give a store's folder or a .jsonl file")
@@ -126,12 +129,12 @@ def read_lines(
 def load_results(
     path:str|Path # a store's folder, a .jsonl file, or a folder of such files
 )->pd.DataFrame: # one row a run: experiment, data, n_train, model, method, seed, accuracy, ...; empty if there is none
-    "Load recorded runs, with a warning for spoilt rows; raise a `FileNotFoundError` for a path that does not exist (ours)."
+    "Load recorded runs, with a warning for spoilt rows; raise a `FileNotFoundError` if nothing is there (ours)."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: give a store's folder or a .jsonl file")
     if path.is_file(): rows = read_lines(path)
     else:
-        files = {file:_read_row(file.read_bytes().decode(errors='replace')) for file in sorted(path.rglob('[!.]*.json'))}
+        files = {file:_read_row(_text(file)) for file in sorted(path.rglob('[!.]*.json'))}
         _warn([f"{file} {wrong}" for file,(_,wrong) in files.items() if wrong])
         rows = [row for row,wrong in files.values() if not wrong]
         for file in sorted(path.rglob('*.jsonl')): rows += read_lines(file)
