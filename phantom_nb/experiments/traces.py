@@ -12,6 +12,7 @@ import pandas as pd
 from fastai.basics import Learner, Recorder, accuracy
 
 from .learner import NoValidation
+from .predictors import fit_measured
 from .run import Run
 from ..regularizers.sparsity import SparsityMonitor
 
@@ -40,14 +41,15 @@ def compact(
     return trace | dict(layers=names, by_layer=by_layer)
 
 # %% ../../nbs/experiments/traces.ipynb #10809d8b
-TRACES = '','means','layers'
+TRACES = '','means','layers','measures'
 
 def fit_traced(
     learn:Learner, # as `make_learner` gives
     run:Run, # what it trains; needs validation images
-    trace:str # 'means', or 'layers' to keep measures layer by layer
+    trace:str # 'means'; 'layers' to keep measures layer by layer; 'measures' for `fit_measured`
 )->dict: # the trace
     "Train under a monitor, validating after every epoch; `ValueError` for a run without validation images (ours)."
+    if trace=='measures': return fit_measured(learn, run)
     if not run.n_valid: raise ValueError(f"n_valid={run.n_valid}: a traced run needs validation images, give >= 10")
     monitor = SparsityMonitor()
     learn.remove_cb(NoValidation)
