@@ -108,6 +108,16 @@ def test_a_spoilt_row_does_not_hide_the_others(tmp_path):
     next((tmp_path/'runs').glob('*.json')).write_text('{')
     with pytest.warns(UserWarning, match='cut short'): assert len(load_results(tmp_path/'runs'))==2
 
+def test_rows_that_were_put_together_by_other_means_are_read(tmp_path):
+    "Another order, gaps left out and whole numbers with a point leave a row what it was"
+    df = run_many([replace(QUICK, seed=s, method=m) for s in range(2) for m in ('none','mhe')], jobs=1, store=tmp_path/'runs')
+    raw = pd.DataFrame([json.loads(p.read_text()) for p in (tmp_path/'runs').glob('*.json')])
+    assert 'digest' in raw
+    lines = [json.dumps({k:float(v) if type(v) is int else v for k,v in sorted(row.items()) if v is not None and v==v}) for row in raw.to_dict('records')]
+    (tmp_path/'a.jsonl').write_text('\n'.join(lines))
+    save_results(raw, tmp_path/'b.jsonl')
+    for name in ('a','b'): assert set(load_results(tmp_path/f'{name}.jsonl').key)==set(df.key)
+
 def test_other_images_make_another_run(tmp_path):
     "A row of other images is never taken for a row of these; a copy of the folder has the same digest"
     from PIL import Image
