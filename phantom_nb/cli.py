@@ -42,8 +42,8 @@ BENCH_NAMES = 'energy','comhe','phantom','sparsity','monitor','measures','rivals
 ENGINE_NAMES = 'local','ray'
 PICTURES = '.png','.svg','.pdf'
 
-def _option(help): return typer.Option(help=help)
-def _argument(help): return typer.Argument(help=help)
+def _option(help): return typer.Option(help=help, readable=False) # whether a file can be read is checked here
+def _argument(help): return typer.Argument(help=help, readable=False)
 def _names(d): return ', '.join(d)
 
 Data = Annotated[str, _option(f"Data set ({_names(DATA_NAMES)}) or a folder of images: train/CLASS/*, test/CLASS/*.")]

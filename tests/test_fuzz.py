@@ -124,3 +124,9 @@ def test_files_that_are_no_experiments(content, folder, capsys):
 @pytest.mark.parametrize('args', [['results','.'], ['sweep','.'], ['measure','.'], ['data','--root','/dev/null'], ['bench'], ['sweep'], ['measure','x','y'], ['compar'], ['--verbose'], ['compare','digits'],
     ['compare','-n','5'], ['compare','--pretrained=yes'], ['compare','--seeds'], ['gpu','nothing'], ['compare','--out','/dev/null/x']], ids=str)
 def test_other_slips(args, folder, capsys): refused(args, folder, capsys)
+
+def test_a_folder_that_cannot_be_written_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setattr(cli.os, 'access', lambda path, mode: 'locked' not in str(path))
+    (folder/'here'/'locked').mkdir()
+    for args in (['compare','--out','locked/x'], ['results','.','--export','locked/a.csv'], ['bench','energy','--out','locked']):
+        assert "locked' cannot be written" in refused(args, folder, capsys)

@@ -155,7 +155,9 @@ def test_wrong_engine_and_jobs(tmp_path):
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     write_atomic(tmp_path/'a', 'old')
     with pytest.raises(TypeError): write_atomic(tmp_path/'a', 3)
-    assert (tmp_path/'a').read_text()=='old'
+    (tmp_path/'folder').mkdir()
+    with pytest.raises(IsADirectoryError): write_atomic(tmp_path/'folder', 'new')
+    assert (tmp_path/'a').read_text()=='old' and sorted(p.name for p in tmp_path.iterdir())==['a','folder'], 'nothing is left lying about'
 
 def test_results_in_one_file(tmp_path):
     df = run_many([replace(QUICK, seed=s) for s in (1,0)], jobs=1, store=tmp_path/'runs')
@@ -362,7 +364,7 @@ def test_all_that_is_wrong_with_a_run_is_said_at_once():
     for what in ("data='digit'", "model='cnn'", 'lr=0.0', 'epochs=0', "method='mpu'", "opt='sdg'"): assert what in str(e.value)
     assert 'folder of images' in str(e.value) and 'timm:NAME' in str(e.value)
 
-@pytest.mark.parametrize('kw', [dict(data=3), dict(experiment='../up'), dict(method='isda', settings=dict(diagonal='x')), dict(method='mhe', settings=dict(every=True)), dict(lr=10**400),
-    dict(method='mixup', settings=dict(alpha=-1))], ids=str)
+@pytest.mark.parametrize('kw', [dict(data=3), dict(experiment='../up'), dict(method='isda', settings=dict(diagonal='x')),
+    dict(method='mhe', settings=dict(every=True)), dict(lr=10**400), dict(method='mixup', settings=dict(alpha=-1))], ids=str)
 def test_wrong_kinds_are_refused(kw):
     with pytest.raises(ValueError): make_method(Run(**kw).method, **kw.get('settings', {}))

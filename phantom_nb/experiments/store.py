@@ -24,9 +24,15 @@ def write_atomic(
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile('wb', dir=path.parent, prefix='.', delete=False) as f: f.write(data)
-    os.chmod(f.name, 0o644)
-    os.replace(f.name, path)
+    with tempfile.NamedTemporaryFile('wb', dir=path.parent, prefix='.', delete=False) as f:
+        try:
+            f.write(data)
+            f.flush()
+            os.chmod(f.name, 0o644)
+            os.replace(f.name, path)
+        except BaseException: # a full disk, Ctrl-C
+            Path(f.name).unlink(missing_ok=True)
+            raise
 
 def run_file(
     store:str|Path, # folder of results
