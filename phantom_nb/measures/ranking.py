@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['granulated_kendall', 'kendall', 'conditional_information', 'bootstrap_draws', 'bootstrap_p', 'bootstrap_interval',
-           'rank_scores', 'rank_measures']
+           'granulated_draws', 'rank_scores', 'rank_measures']
 
 # %% ../../nbs/measures/ranking.ipynb #7e01b1c4
 import math
@@ -160,6 +160,39 @@ def bootstrap_interval(
     tail = (1-share('level', level))/2
     draws = bootstrap_draws(df, score, times, seed)
     return pd.DataFrame(dict(estimate=pd.Series(score(df)), low=draws.quantile(tail), high=draws.quantile(1-tail)))
+
+# %% ../../nbs/measures/ranking.ipynb #83e740e6
+def _pairs_alone(codes, by, h):
+    "Pairs (2,P) that differ in column `h` alone, and the group of each"
+    group = _groups(np.concatenate([np.delete(codes, h, 1), by], 1))
+    i,j = np.nonzero(np.triu(group[:,None]==group, 1) & (codes[:,h,None]!=codes[:,h]))
+    return np.stack([i,j]),np.unique(group[i], return_inverse=True)[1]
+
+def granulated_draws(
+    df:pd.DataFrame, # one row a run
+    measures:list, # columns, large for good
+    target:str, # column of what they should predict
+    hyperparams:list, # columns that were varied
+    by:list=(), # further columns in which compared runs must agree
+    times:int=500, # resamples of the runs, >= 1
+    seed:int=0 # of the resampling
+)->np.ndarray: # (1+times, measures, hyperparams) coefficients in [-1,1], NaN where no pair is left; the first are the runs' own
+    "Compute granulated coefficients of several measures on the same resamples; `ValueError` for gaps (Efron 1979)."
+    m = np.stack([_values(df, measure, target)[0] for measure in measures])
+    t,codes = _values(df, measures[0], target)[1],_codes(df, _columns(hyperparams))
+    counts = np.random.default_rng(seed).multinomial(len(df), np.full(len(df), 1/len(df)), whole('times', times))
+    counts = np.concatenate([np.ones((1, len(df)), int), counts])
+    out = np.full((len(counts), len(measures), codes.shape[1]), math.nan)
+    for h in range(codes.shape[1]):
+        (i,j),group = _pairs_alone(codes, _codes(df, _columns(by)), h)
+        if not len(i): continue
+        member = np.eye(group.max()+1)[group]
+        sign_m,sign_t = np.sign(m[:,i]-m[:,j]),np.sign(t[i]-t[j])
+        valid = ((sign_m!=0)|(sign_t!=0)).astype(float)
+        for d,n in enumerate(counts):
+            total,pairs = ((values*n[i]*n[j])@member for values in (sign_m*sign_t, valid))
+            with np.errstate(invalid='ignore'): out[d,:,h] = np.nanmean(np.where(pairs>0, total/pairs, math.nan), 1)
+    return out
 
 # %% ../../nbs/measures/ranking.ipynb #72e81503
 def rank_scores(
