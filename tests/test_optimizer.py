@@ -3,9 +3,11 @@ from functools import partial
 
 import fastai.optimizer as theirs
 import pytest, torch
-from fastai.basics import Learner, no_random
+from fastai.basics import Callback, Learner, load_learner, no_random
+from fastai.losses import CrossEntropyLossFlat
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import phantom_nb.experiments.learner as learner_module
 from phantom_nb.data import get_dls
 from phantom_nb.experiments.learner import OPTIMIZERS, make_learner
 from phantom_nb.experiments.optimizer import fused_adam, fused_sgd
@@ -109,3 +111,23 @@ def test_a_step_never_waits_for_a_gpu():
             opt.step()
             opt.zero_grad()
         assert all(v.device.type=='cuda' for state in opt.state.values() for v in state.values())
+
+def test_the_quick_learner_trains_what_fastai_trains(monkeypatch, tmp_path):
+    "Events, callbacks that are given as functions, a loss without reduction (mixup), and an exported learner"
+    run = Run(n_train=40, epochs=2, method='mixup+half_mhe')
+    def trained():
+        seen = []
+        with no_random(0):
+            learn = make_learner(run, device='cpu')
+            learn.fit(2, cbs=Callback(after_step=lambda cb: seen.append('step'), after_fit=lambda cb: seen.append('fit')))
+        return learn,seen
+    quick,seen = trained()
+    monkeypatch.setattr(learner_module, 'QuickLearner', Learner)
+    monkeypatch.setattr(learner_module, 'QuickCrossEntropy', CrossEntropyLossFlat)
+    plain,also_seen = trained()
+    assert torch.equal(weights(quick), weights(plain)) and seen == also_seen and seen[-1] == 'fit'
+    quick.path = tmp_path
+    quick.export('learner.pkl')
+    loaded = load_learner(tmp_path/'learner.pkl')
+    x,_ = quick.dls.test.one_batch()
+    assert torch.equal(loaded.model.eval()(x), quick.model.eval()(x))

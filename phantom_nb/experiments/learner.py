@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'REMEDY_FILE', 'REMEDY_DATA', 'schedule_of', 'Bfloat16', 'product_types', 'NoValidation',
-           'StopAtNaN', 'StopAtLoss', 'FreezeFirst', 'load_data', 'hold_out', 'loaders_of', 'make_learner',
-           'optimizer_of', 'callbacks_of', 'ScaledSchedule', 'step_seconds', 'faster_precision', 'evaluate', 'judge',
-           'measure_learner', 'commit', 'provenance', 'open_learner', 'outputs_for', 'loaders_for']
+           'StopAtNaN', 'StopAtLoss', 'FreezeFirst', 'load_data', 'hold_out', 'loaders_of', 'QuickLearner',
+           'QuickCrossEntropy', 'make_learner', 'optimizer_of', 'callbacks_of', 'ScaledSchedule', 'step_seconds',
+           'faster_precision', 'evaluate', 'judge', 'measure_learner', 'commit', 'provenance', 'open_learner',
+           'outputs_for', 'loaders_for']
 
 # %% ../../nbs/experiments/learner.ipynb #136af0cb
 import math, os, platform, statistics, subprocess, time, warnings
@@ -22,7 +23,7 @@ from fastai.basics import default_device, even_mults, load_learner, noop, params
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos, combined_cos
 from fastai.losses import CrossEntropyLossFlat
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import phantom_nb
@@ -174,6 +175,23 @@ def loaders_of(
     return get_dls(data, n_valid=run.n_valid, bs=run.bs, seed=run.seed, augment=run.augment, device=device,
         channels_last=True, **told)
 
+# %% ../../nbs/experiments/learner.ipynb #f73851b6
+class QuickLearner(Learner):
+    "Call at each event only those callbacks that have a method for it (fastai's `Learner`)."
+    def __call__(self, event_name):
+        if not isinstance(event_name, str): return super().__call__(event_name)
+        for cb in sorted(self.cbs, key=lambda cb: cb.order):
+            if hasattr(type(cb), event_name) or event_name in vars(cb) or event_name=='after_fit': cb(event_name)
+
+class QuickCrossEntropy(CrossEntropyLossFlat):
+    "Compute the mean cross-entropy of plain tensors (fastai's `CrossEntropyLossFlat`)."
+    def __call__(self,
+        inp:Tensor, # (B,C) logits
+        targ:Tensor, # (B,) int64 classes
+        **kwargs # of PyTorch's loss
+    )->Tensor: # scalar >= 0 (nats); (B,) without reduction
+        return self.func(inp, targ, **kwargs)
+
 # %% ../../nbs/experiments/learner.ipynb #820beba3
 def make_learner(
     run:Run, # what to train
@@ -189,10 +207,10 @@ def make_learner(
     model = create_model(run.model, n_in=n_channels, n_out=n_out, size=tuple(size), width=run.width,
         depth=run.depth, dropout=pieces.dropout, norm=pieces.norm, seed=run.seed, **given)
     dls = loaders_of(run, data, device, model)
-    loss_func = pieces.loss_func or CrossEntropyLossFlat()
+    loss_func = pieces.loss_func or QuickCrossEntropy()
     model = model.to(dls.device, memory_format=torch.channels_last)
     cbs = [*callbacks_of(run, model), *pieces.cbs]
-    learn = Learner(dls, model, loss_func, optimizer_of(run, pieces), lr=run.lr, wd=pieces.wd, cbs=cbs,
+    learn = QuickLearner(dls, model, loss_func, optimizer_of(run, pieces), lr=run.lr, wd=pieces.wd, cbs=cbs,
         splitter=param_groups if run.frozen or run.body_lr<1 else params)
     if run.compile: learn.model.compile()
     learn.logger = noop
