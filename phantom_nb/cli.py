@@ -261,7 +261,10 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
         check(_check_root, root)
         check(_check_folder, 'out', out or Path('compare'))
     from phantom_nb.experiments import plan, runner
+    from phantom_nb.experiments.methods import make_method
     from phantom_nb.experiments.report import show_comparison
+    with Refusals() as check:
+        for name in chosen or []: check(make_method, name) # whether its parts go together
     console,advice = _wide_console(),None
     added = methods and 'none' not in methods.replace(' ', '').split(',')
     if added: _say(console, "Plain training (none) is added, to compare with.")
@@ -271,13 +274,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
         runs = plan.comparison_runs(n_train=n_train, methods=chosen, seeds=seeds or 5, epochs=epochs, **fields)
     else: runs,advice = _planned(plan, console, fields, n_train, budget, chosen, seeds, epochs, out, root, jobs)
     out = out or _compare_folder(data, runs[0].n_train)
-    dls = runner.make_learner(runs[0], root).dls
-    numbers = [len(part) for part in (dls.train_ds, dls.valid_ds, dls.test_ds)]
-    _say(console, f"{dls.source}. {plan.images_words(*numbers, runs[0].folds)}")
-    if not budget and numbers[2]<plan.FEW and not plan.has_test_images(data):
-        _say(console, "With --time-budget, every image judges in turn (cross-validation).")
-    seeds_planned,methods_planned = (len({getattr(run, name) for run in runs}) for name in ('seed','method'))
-    if advice: _say(console, plan.detectable_words(seeds_planned, methods_planned-1, numbers[2]))
+    _say_images(console, plan, runs, runner.make_learner(runs[0], root).dls, budget)
     runs = runner.settle_precision(runs, out/'runs', root)
     for sentence in _recorded_words(runs, out): _say(console, sentence)
     code = 0
@@ -298,6 +295,16 @@ def _compare_folder(data, n_train):
     "Where the results of a comparison go"
     name = Path(data).expanduser().resolve().name if '/' in data else data
     return Path('compare')/f"{name}-{n_train or 'all'}"
+
+def _say_images(console, plan, runs, dls, budget):
+    "Say which images train, choose and judge, and how small a difference they can show"
+    run,n_test = runs[0],len(dls.test_ds)
+    _say(console, f"{dls.source}. {plan.images_words(len(dls.train_ds), len(dls.valid_ds), n_test, run.folds)}")
+    if budget:
+        seeds,methods = (len({getattr(run, name) for run in runs}) for name in ('seed','method'))
+        _say(console, plan.detectable_words(seeds, methods-1, n_test))
+    elif n_test<plan.FEW and not plan.has_test_images(run.data):
+        _say(console, "With --time-budget, every image judges in turn (cross-validation).")
 
 def _recorded_words(runs, out):
     "Sentences on what is recorded already, and on what was recorded of other images"
@@ -376,7 +383,7 @@ def _others_words(out, df):
     if not (out/'runs').exists(): return
     kept = load_results(out/'runs')
     n = ((kept.experiment!='tune') & ~kept.key.isin([] if df is None else df.key)).sum()
-    if n: return f"{n} more in {out} were made by another version of the file, and are not shown."
+    if n: return f"{n} more in {out} belong to another version of the file or of the images, and are not shown."
 
 # %% ../nbs/cli.ipynb #409f9fb9
 Recorded = Annotated[Path, _argument("Folder of a sweep or comparison or of .jsonl files, or one such file.")]

@@ -194,3 +194,7 @@ def test_too_few_runs_choose_nothing():
 def test_few_test_images_show_less():
     sizes = [float(re.search(r'about ([\d.]+)', detectable_words(5, 4, n))[1]) for n in (10_000, 1000, 100, 30)]
     assert sizes==sorted(sizes) and sizes[-1]>3*sizes[0] and 'no difference at all' in detectable_words(3, 8, 1)
+
+def test_methods_that_do_not_go_together_are_refused_before_training(few, capsys):
+    code,out,err = compare(capsys, '--data', few(4), '--methods', 'mixup+cutmix')
+    assert code==2 and 'both mix images and labels' in err and not Path('compare').exists()

@@ -45,6 +45,9 @@ def test_words_for_too_few_seeds_and_no_pairs():
     assert 'agree to the last digit' in verdict(comparison(frame(dict(none=LUCK, same=LUCK, plus=LUCK+.1))))
     assert verdict(comparison(frame(dict(mhe=[.5,.6]))))=='Nothing can be compared with none: no run of it is here.'
     assert verdict(comparison(frame(dict(none=[.5,.6]))))=='There are only runs of none: nothing is compared.'
+    failed = frame(dict(none=[.5,.6], mhe=[.5,.6]), status='done')
+    failed.loc[failed.method=='mhe', 'status'] = 'failed'
+    assert verdict(comparison(failed))=='Nothing can be compared with none: no other method has a finished run.'
     apart = pd.concat([frame(dict(none=[.5,.6])), frame(dict(mhe=[.5,.6])).assign(seed=[7,8])])
     assert verdict(comparison(apart))=='Nothing can be compared with none: no two runs share a seed.'
 

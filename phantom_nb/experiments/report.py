@@ -114,7 +114,9 @@ def verdict(
     if not len(compared):
         there = table.runs.get(what['baseline'], 0) > 0
         if there and len(table)==1: return f"There are only runs of {what['baseline']}: nothing is compared."
-        why = "no two runs share a seed" if there else "no run of it is here"
+        others = table.runs.drop(what['baseline'], errors='ignore').sum() > 0
+        why = "no run of it is here" if not there else \
+            "no two runs share a seed" if others else "no other method has a finished run"
         return f"Nothing can be compared with {what['baseline']}: {why}."
     top = compared.sort_values('diff', ascending=not what['higher_is_better']).iloc[0]
     ahead = (top['diff']>0)==what['higher_is_better']
