@@ -254,7 +254,7 @@ def test_lazy_penalty_is_reachable_and_named_only_when_asked():
     assert dict(lazy.settings)['every']==4 and make_method('comhe_random', every=4).cbs[0].every==4 and lazy.key!=Run(method='comhe_random').key
 
 def test_retired_settings_are_read_and_not_made():
-    old = dict(lam=.3, mode='contrast', k=None, alpha=.5, tau=1., weights='mean', detach=False, queue=0)
+    old = dict(lam=.3, mode='contrast', k=None, alpha=.5, tau=.3, weights='mean', detach=False, queue=0)
     assert Run(method='phantom', settings=old)==Run(method='phantom')
     assert Run(method='phantom', settings=old | dict(queue=8)).key!=Run(method='phantom').key
     with pytest.raises(ValueError, match="no setting 'queue' any more"): make_method('phantom', queue=8)

@@ -216,7 +216,7 @@ class PhantomEmbeddings(EmbeddingRegularizer):
         mode:str='contrast', # 'mix', 'contrast', 'margin', 'separate', 'pull' or 'pairs'
         k:int|None=None, # samples a phantom is made of, >= 1; None for all there are
         alpha:float=.5, # for 'mix': how far towards the phantom, in (0,1]
-        tau:float=1., # for 'contrast' and 'pairs': temperature, > 0
+        tau:float=.3, # for 'contrast' and 'pairs': temperature, > 0
         queue:int=0, # past embeddings kept of each class, >= 0, for batches that hold few of a class
         head:str|nn.Module|Callable|None=None, # the layer whose input is regularized, see `find_head`; None: classifier
         seed:int=0, # of the generator that phantoms are drawn from, >= 0

@@ -235,7 +235,7 @@ def _pairs(z, y, k, generator, detach, bank, right, nearest, tau):
 def check_form(
     mode:str, # one of `MODES`
     alpha:float=.5, # in (0,1]
-    tau:float=.1, # > 0
+    tau:float=.3, # > 0
     margin:float=.3, # in (0,2]
     k:int|None=None, # >= 1, or None for all
     choose:str='all' # one of `CHOICES`
@@ -265,7 +265,7 @@ def phantom_loss(
     head:Callable|None=None, # for 'mix' and choose='right': embeddings (B,D) -> logits (B,C)
     loss_func:Callable|None=None, # for 'mix': (logits (B,C), classes (B,)) -> (B,) losses; None for cross-entropy
     alpha:float=.5, # for 'mix': how far towards the phantom, in (0,1]
-    tau:float=1., # for 'contrast' and 'pairs': temperature, > 0
+    tau:float=.3, # for 'contrast' and 'pairs': temperature, > 0
     n_classes:int|None=None, # C; None for the highest class + 1
     k:int|None=None, # samples a phantom is made of, >= 1; None for all
     generator:torch.Generator|None=None, # source of the draws
