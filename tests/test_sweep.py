@@ -285,3 +285,29 @@ def test_an_interval_without_choice_is_students():
     assert np.allclose([mean,low,high], mean_interval(d)) and abs(p-ttest_1samp(d, 0).pvalue)<1e-12
     wider = tuned_interval(d, 1.)
     assert wider[1]<low and wider[2]>high and wider[3]>p
+
+# factorial designs
+
+FACTORS = [[dict(opt='sgd', lr=.1), dict(opt='adam', lr=.003, weight_decay=dict(wd=.01))], [{}, dict(dropout=dict(p=.2))], [dict(bs=20), dict(bs=60)]]
+
+def test_a_factorial_design_has_every_combination_once_in_a_fixed_order():
+    sweep = parse_sweep(dict(data='digits', epochs=2, factors=FACTORS, seeds=2))
+    runs = sweep.runs
+    assert len(runs)==len({run.key for run in runs})==16 and [run.seed for run in runs]==[0]*8+[1]*8
+    assert {run.method for run in runs}=={'none','dropout','weight_decay','weight_decay+dropout'}
+    both = next(run for run in runs if '+' in run.method)
+    assert dict(both.settings)['weight_decay.wd']==.01 and dict(both.settings)['dropout.p']==.2 and both.opt=='adam'
+    few = parse_sweep(dict(data='digits', epochs=2, factors=FACTORS, seeds=[3], take=5)).runs
+    assert [replace(run, seed=0) for run in few]==runs[:5]
+
+@pytest.mark.parametrize('table, said', [(dict(factors=FACTORS, methods=['none']), 'methods'), (dict(factors=[]), 'factors='),
+    (dict(factors=[{}]), 'factors='), (dict(factors=FACTORS, take=0), 'take=0'), (dict(take=3), 'factors=None'),
+    (dict(factors=[[dict(bs=20)], [dict(bs=30)]]), 'bs is set by two factors'), (dict(factors=[[dict(dropout=dict(p=2.))]]), 'p=2'),
+    (dict(factors=[[dict(dropout=.2)]]), 'dropout')])
+def test_a_wrong_design_is_refused(table, said):
+    with pytest.raises(ValueError, match=said): parse_sweep(dict(data='digits', **table))
+
+@pytest.mark.parametrize('name, runs', [('intraclass', 692), ('intraclass-digits', 192)])
+def test_the_designs_of_the_intraclass_study(name, runs):
+    sweep = load_sweep(Path(__file__).parent.parent/'results'/f'{name}.toml')
+    assert len(sweep.runs)==len({run.key for run in sweep.runs})==runs and {part.trace for part in sweep.parts}=={'measures'}

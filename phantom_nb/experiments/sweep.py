@@ -91,6 +91,8 @@ def _join_levels(levels):
     given = {}
     for name,value in (pair for level in levels for pair in level.items()):
         if name in given: raise ValueError(f"factors: {name} is set by two factors")
+        if name in METHODS and not isinstance(value, dict):
+            raise ValueError(f"factors: {name}={value!r}: write the settings of a method as a table")
         given[name] = value
     parts = [name for name in given if name in METHODS]
     method = '+'.join(parts) or 'none'
