@@ -147,7 +147,8 @@ class ImageDL(TfmdDL):
         draws = self._draws()
         if self.drop_last and len(order) % self.bs: parts.pop()
         elif len(parts) > 1 and len(parts[-1]) == 1 < self.bs: parts[-2:] = [torch.cat(parts[-2:])]
-        at_once = 1 if isinstance(self.augment, BatchTransforms) else max(1, BLOCK//(self.bs*self.dataset.x.shape[1:].numel()))
+        pixels = self.bs*self.dataset.x.shape[1:].numel() # of a batch, in all channels
+        at_once = 1 if isinstance(self.augment, BatchTransforms) else max(1, BLOCK//pixels)
         for start in range(0, len(parts), at_once):
             block = parts[start:start+at_once]
             made = self._batch(torch.cat(block) if len(block) > 1 else block[0], draws, first[start])
