@@ -191,7 +191,8 @@ def granulated_draws(
         valid = ((sign_m!=0)|(sign_t!=0)).astype(float)
         for d,n in enumerate(counts):
             total,pairs = ((values*n[i]*n[j])@member for values in (sign_m*sign_t, valid))
-            with np.errstate(invalid='ignore'): out[d,:,h] = np.nanmean(np.where(pairs>0, total/pairs, math.nan), 1)
+            with np.errstate(invalid='ignore'): # 0/0 where a resample has no pair
+                out[d,:,h] = np.where(pairs>0, total/pairs, 0).sum(1)/(pairs>0).sum(1)
     return out
 
 # %% ../../nbs/measures/ranking.ipynb #72e81503
