@@ -6,8 +6,9 @@
 __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', 'Methods', 'Seeds', 'Epochs', 'Model',
            'Pretrained', 'Augment', 'Size', 'Lr', 'Precision', 'Out', 'Root', 'Jobs', 'Budget', 'Spec', 'SweepOut',
            'Limit', 'Engine', 'Address', 'Recorded', 'Where', 'Over', 'Metric', 'Lower', 'Baseline', 'Export', 'Plot',
-           'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Sample', 'Figure', 'Pieces', 'Listed', 'seconds_of',
-           'compare', 'sweep', 'results', 'data_command', 'bench', 'measure', 'gpu', 'main']
+           'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Sample', 'Figure', 'Classes', 'PerClass', 'WrongLabels',
+           'Imbalance', 'Pieces', 'Listed', 'seconds_of', 'compare', 'sweep', 'results', 'data_command', 'bench',
+           'measure', 'suggest', 'gpu', 'main']
 
 # %% ../nbs/cli.ipynb #3b88872f
 import inspect, os, re, sys, warnings
@@ -509,6 +510,25 @@ def measure(learner:Saved, data:Data='digits', n:Sample=None, size:Size=None, pl
     _show_table(table.rename_axis('layer').reset_index(), console)
     console.print("Larger is better for all; compare networks trained on the same classes.", style='dim')
     console.print(f"Figure: {plot}", soft_wrap=True, highlight=False)
+
+# %% ../nbs/cli.ipynb #a7c0ffee
+Classes = Annotated[int|None, _option("Classes of your images.")]
+PerClass = Annotated[float|None, _option("Training images a class.")]
+WrongLabels = Annotated[float, _option("Share of wrong labels that you expect, such as 0.2.")]
+Imbalance = Annotated[float, _option("Images of the commonest class to those of the rarest.")]
+
+@app.command()
+def suggest(classes:Classes=None, per_class:PerClass=None, pretrained:Pretrained=False, wrong_labels:WrongLabels=0.,
+    imbalance:Imbalance=1.):
+    "Say what helped in the recorded settings that are most like yours."
+    from phantom_nb.experiments.suggest import Setting, suggest as suggested
+    mine = dict(classes=classes, per_class=per_class)
+    with _checks() as check:
+        for name,value in mine.items():
+            if value is None: check.refuse(f"--{name.replace('_', '-')} is missing: give it, such as 10")
+        told = {name:2 if value is None else value for name,value in mine.items()}
+        setting = check(Setting, **told, pretrained=pretrained, wrong_labels=wrong_labels, imbalance=imbalance)
+    _wide_console().print(suggested(setting), highlight=False, markup=False, soft_wrap=True)
 
 # %% ../nbs/cli.ipynb #a56166dc
 Pieces = Annotated[str|None, _argument("One piece by its name. Default: all that are not done.")]

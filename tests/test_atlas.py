@@ -1,13 +1,16 @@
 "The atlas: who chooses a weight, what is combined how"
+from dataclasses import asdict, replace
+
 import numpy as np, pandas as pd, pytest
 from scipy.optimize import brentq
 from scipy.stats import ttest_1samp
 
-from phantom_nb.experiments.atlas import chosen_values, load_atlas, pair_gains, planned_weights, seed_differences
+from phantom_nb.experiments.atlas import chosen_values, load_atlas, pair_gains, planned_weights, same_trainings, seed_differences
 from phantom_nb.experiments.effects import effect_claim, effects_over_settings, pooled_effects, random_effects
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.stats import answer
-from phantom_nb.experiments.store import write_rows
+from phantom_nb.experiments.store import load_results, write_rows
+from phantom_nb.experiments.sweep import load_sweep
 
 SPEC = 'results/atlas.toml'
 
@@ -61,7 +64,7 @@ def test_a_seed_without_all_weights_waits():
 @pytest.fixture
 def recorded(tmp_path):
     rows = []
-    for name in ('atlas-one','atlas-two','atlas-three'):
+    for name in ('atlas-cifar10-1000','atlas-fashion-100','atlas-fashion-1000'):
         for seed in range(3):
             for method,settings,gain,lr in (('none',{},0,.01), ('none',{},.5,.03), ('mixup',{'alpha':.1},.01,.01), ('mixup',{'alpha':.4},.02,.01),
                 ('mixup',{'alpha':1.},.01,.01), ('mixup',{'alpha':2.},.9,.01), ('isda',{'lam':.5},.01,.01),
@@ -94,3 +97,11 @@ def test_pooled_variance_is_that_of_one_way_anova():
     table = pooled_effects(d)
     assert (table.variance*table.seeds).tolist()==pytest.approx([within]*5)
     assert effects_over_settings(table).loc[0,'settings']==1
+
+def test_trainings_of_other_sweeps_count(tmp_path):
+    wanted = next(run for run in load_sweep(SPEC).runs if run.method=='mixup')
+    rows = [{**asdict(replace(wanted, experiment='other', **told)), 'settings':dict(wanted.settings), 'key':str(i), 'status':'done', 'accuracy':.5, 'valid_accuracy':.5}
+        for i,told in enumerate((dict(), dict(epochs=7), dict(lr=.5)))]
+    write_rows(pd.DataFrame(rows), tmp_path/'rows.jsonl')
+    found = same_trainings(load_results(tmp_path/'rows.jsonl'), SPEC)
+    assert found.key.tolist()==['0'] and found.experiment.tolist()==[wanted.experiment]

@@ -1,0 +1,66 @@
+"Which one for me: what is near, what is recommended, and what is said"
+import json, math
+
+import pytest
+
+from phantom_nb.experiments.methods import METHODS
+from phantom_nb.experiments.suggest import Setting, distance, effects_near, load_table, nearest_settings, suggest
+
+def _effects(a, b, error=.1): return dict(a=dict(diff=a, error=error, weight='alpha=1'), b=dict(diff=b, error=error, weight='alpha=2'))
+
+@pytest.fixture
+def table():
+    settings = {name:dict(classes=10, per_class=n, pretrained=False, wrong_labels=0., imbalance=1., about=f'{n} images')
+        for name,n in dict(a=10, b=40, c=10_000).items()}
+    methods = dict(mixup=dict(helps='yes', cost=1., effects=_effects(1., 2.)), sam=dict(helps='yes', cost=2., effects=_effects(1.5, 2.1)),
+        isda=dict(helps='unclear', cost=1., effects=_effects(5., 5.)), srip=dict(helps='no', cost=1., effects=_effects(-1., -1.)))
+    return dict(settings=settings, methods=methods)
+
+def test_distance_is_symmetric_and_zero_at_home():
+    a,b = Setting(31, 5, True, .2, 4.),Setting(10, 100)
+    assert distance(a, a)==0 and distance(a, b)==distance(b, a)
+    assert distance(a, b)==pytest.approx(math.hypot(math.log2(3.1)/2, math.log2(20), 3, 2, 2))
+
+@pytest.mark.parametrize('wrong', [dict(classes=1), dict(per_class=0), dict(wrong_labels=1.), dict(imbalance=.5)])
+def test_numbers_that_no_data_set_has(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))): Setting(**dict(classes=10, per_class=10) | wrong)
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(ValueError, match='(?s)classes.*imbalance'): Setting(1, 10, imbalance=0)
+
+def test_the_mean_of_the_nearest(table):
+    assert [name for name,_ in nearest_settings(Setting(10, 20), table)]==['a','b']
+    found = {effect.method:effect for effect in effects_near(Setting(10, 20), table)}
+    assert found['mixup'].mean==1.5 and found['mixup'].error==pytest.approx(.1/2**.5) and found['mixup'].weight=='alpha=1'
+
+def test_only_what_helps_everywhere_is_recommended(table):
+    said = suggest(Setting(10, 20), table)
+    assert "Recommended: sam, alpha=1" in said and "As good, to half a point: mixup" in said and "2.0 times as long" in said
+    table["methods"]["mixup"]["cost"] = 3.
+    assert "As good" not in suggest(Setting(10, 20), table)
+
+@pytest.mark.parametrize('effects', [_effects(.3, .3), _effects(1., 1., 3.)])
+def test_plain_is_an_answer(table, effects):
+    for told in table['methods'].values(): told['effects'] = effects
+    assert 'Recommended: plain good practice' in suggest(Setting(10, 20), table)
+
+def test_far_away_is_said(table):
+    assert 'Take care' not in suggest(Setting(10, 20), table)
+    assert 'Take care: the nearest setting is 10.' in suggest(Setting(10, 20, wrong_labels=.9, imbalance=30), table)
+
+def test_the_table_that_comes_with_the_package():
+    table = load_table()
+    assert set(table)=={'settings','methods'} and set(table['methods'])<=set(METHODS)
+    for told in table['methods'].values():
+        assert told['helps'] in ('yes','no','unclear') and set(told['effects'])<=set(table['settings'])
+    for name,told in table['settings'].items():
+        fields = {k:v for k,v in told.items() if k!='about'}
+        assert nearest_settings(Setting(**fields), table)[0]==(name, 0.) or nearest_settings(Setting(**fields), table)[1]==(name, 0.)
+    assert "Recommended: " in suggest(Setting(31, 10, pretrained=True))
+    json.dumps(table)
+
+def test_the_command():
+    from typer.testing import CliRunner
+    from phantom_nb.cli import app
+    found = CliRunner().invoke(app, ['suggest','--classes','31','--per-class','10','--pretrained'])
+    assert found.exit_code==0 and 'Recommended: ' in found.output
