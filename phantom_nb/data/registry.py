@@ -76,8 +76,8 @@ DATASETS = dict(
         folders=('cifar100',), torchvision='CIFAR100', torchvision_dir='cifar-100-python'))
 
 # two folders of photos that recorded results name, and what they are
-PHOTOS = {'grocery-packages': "the cartons of the Grocery Store Dataset (Klasson et al. 2019), train/CLASS/* and test/CLASS/*",
-    'trashnet': "TrashNet (Thung and Yang 2016), train/CLASS/* and test/CLASS/*"}
+PHOTOS = {'grocery-packages': "the cartons of the Grocery Store Dataset (Klasson et al. 2019), as train/* and test/*",
+    'trashnet': "TrashNet (Thung and Yang 2016), as train/* and test/*"}
 
 def dataset_spec(
     name:str # a key of `DATASETS`

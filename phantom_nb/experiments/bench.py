@@ -139,7 +139,7 @@ def _loop_row(run, root, device, seconds):
     programs = partial(learn.fit, 2), plain(torch.channels_last), plain(torch.contiguous_format)
     with tempfile.TemporaryDirectory() as folder:
         Checkpoint(Path(folder)/'state.pth').resume(learn)
-        ours_time,plain_time,first_time = best_seconds(*programs, seconds=seconds, rounds=3)
+        ours_time,plain_time,first_time = best_seconds(*programs, seconds=seconds, rounds=6)
     row = dict(model=run.model, data=run.data, n=len(x), bs=run.bs, precision=run.precision)
     row |= dict(plain_ms=500*plain_time, ours_ms=500*ours_time, channels_first_ms=500*first_time)
     speeds = dict(plain_images_s=2*len(x)/plain_time, images_s=2*len(x)/ours_time)
@@ -148,10 +148,10 @@ def _loop_row(run, root, device, seconds):
 
 def bench_loop(
     data:str='fashion_mnist', # a key of `DATASETS`
-    n_train:int|None=None, # images an epoch; None for 1,024, on a GPU 8,192
+    n_train:int|None=None, # images an epoch; None for 256, on a GPU 8,192
     root:str|Path|None=None, # folder to look for the data first
     device:str|torch.device|None=None, # None for the GPU if there is one
-    seconds:float=6., # how long to repeat each loop
+    seconds:float=9., # how long to repeat each loop
     models:Iterable=('small_cnn','resnet9','timm:tf_efficientnet_lite0'), # networks, as `Run` names them
     precisions:Iterable=('float32','bf16'), # of the forward pass
     threads:Iterable|None=None # numbers of CPU threads; None for 1 and all cores, on a GPU 1
@@ -159,7 +159,7 @@ def bench_loop(
     "Measure the training of a run against `plain_epoch`."
     rows,before = [],torch.get_num_threads()
     gpu = device_or_default(device).type=='cuda'
-    n_train = n_train or (8192 if gpu else 1024)
+    n_train = n_train or (8192 if gpu else 256)
     threads = threads or sorted({1, 1 if gpu else joblib.cpu_count(only_physical_cores=False)})
     for n,model,precision in itertools.product(threads, models, precisions):
         torch.set_num_threads(n)
@@ -371,7 +371,9 @@ class TimedMonitor(SparsityMonitor):
         super().__init__()
         self.clock = clock
 
-    def choose(self, model):
+    def choose(self,
+        model:nn.Module # network that is watched
+    ):
         super().choose(model)
         self.meters.see = self.clock.wrap(self.meters.see)
 

@@ -27,7 +27,9 @@ class WholeStep(Optimizer):
         super().__init__(params, [], **hypers)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self,
+        closure:None=None # not supported; there for PyTorch's schedulers and scalers
+    ):
         "Decay the weights, then update them."
         if closure is not None: raise NotImplementedError("closures are not supported: call step()")
         for params,hyper in zip(self.param_lists, self.hypers):
@@ -57,7 +59,8 @@ def _entries(params, states, names):
     "Lists of the states' entries, zeros at first"
     for p,state in zip(params, states):
         for name in names:
-            if name not in state: state[name] = torch.zeros_like(p) if name!='step' else p.new_zeros((), dtype=torch.float32)
+            if name in state: continue
+            state[name] = p.new_zeros((), dtype=torch.float32) if name=='step' else torch.zeros_like(p)
     return [[state[name] for state in states] for name in names]
 
 def _sgd_update(params, states, lr, mom, **hyper):

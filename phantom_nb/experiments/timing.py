@@ -21,7 +21,7 @@ from .methods import METHODS
 from .run import Run
 
 # %% ../../nbs/experiments/timing.ipynb #9f549dc2
-LONG = 1000 # epochs of the training that the steps belong to: in a short one, shares of gradients are measured more often
+LONG = 1000 # epochs of the training that the steps belong to: a short one measures shares of gradients more often
 
 def median_step(
     learn:Learner, # whose steps are timed
