@@ -85,7 +85,8 @@ def bench_step(
 )->pd.DataFrame: # as `step_costs` gives
     "Measure what every penalty adds to a training step (ours)."
     gpu = torch.cuda.is_available()
-    run = Run(experiment='bench', data=data, n_train=2000, augment='auto', bs=128, precision='bf16' if gpu else 'float32')
+    precision = 'bf16' if gpu else 'float32'
+    run = Run(experiment='bench', data=data, n_train=2000, augment='auto', bs=128, precision=precision)
     models = models or (('resnet18','resnet9') if gpu else ('resnet9',))
     tables = [step_costs(replace(run, model=name), penalties(), rounds, 10 if gpu else 2, root) for name in models]
     return pd.concat(tables, ignore_index=True)
