@@ -4,7 +4,8 @@ import json
 import pytest, torch
 
 from phantom_nb.experiments.learner import make_learner
-from phantom_nb.experiments.predictors import PredictorMonitor, cheap_predictors, clustering_predictors, dear_predictors, weights_of
+from phantom_nb.experiments.predictors import PredictorMonitor, cheap_predictors, clustering_predictors
+from phantom_nb.experiments.predictors import dear_predictors, weights_of
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.runner import train_run
 from phantom_nb.measures.clustering import intraclass_table

@@ -95,7 +95,8 @@ def dear_predictors(
         x,y = [torch.cat(parts) for parts in zip(*batches)]
         with evaluating(model) as network:
             def predict(x): return network(x).float().softmax(1)
-            found['c0'] = interpolation_drop(predict, x.as_subclass(Tensor), y, subclass, torch.Generator().manual_seed(0))
+            partners = torch.Generator().manual_seed(0)
+            found['c0'] = interpolation_drop(predict, x.as_subclass(Tensor), y, subclass, partners)
     return {name:_rounded(value) for name,value in found.items()}
 
 # %% ../../nbs/experiments/predictors.ipynb #f5ff61ea
