@@ -35,7 +35,8 @@ def planned_weights(
 
 def _as_run(row):
     "The run that a row records, whatever sweep it belongs to"
-    given = {f.name:row[f.name] for f in fields(Run) if f.name in row and (f.name=='settings' or not pd.isna(row[f.name]))}
+    known = [f.name for f in fields(Run) if f.name in row]
+    given = {name:row[name] for name in known if name=='settings' or not pd.isna(row[name])}
     return replace(Run(**given), experiment='')
 
 def same_trainings(
@@ -61,7 +62,8 @@ def load_atlas(
     def weight(row): return row.settings.get(weights[row.method][0], np.nan) if row.method in weights else np.nan
     setting = df.experiment.str.removeprefix(PREFIX)
     df = df.assign(setting=setting, weight=[weight(row) for row in df.itertuples()])
-    rates = {run.experiment.removeprefix(PREFIX):run.lr for run in load_sweep(spec).runs[::-1]} # a setting's first is its own
+    runs = load_sweep(spec).runs[::-1] # a setting's first rate is its own
+    rates = {run.experiment.removeprefix(PREFIX):run.lr for run in runs}
     in_grid = [row.method not in weights or row.weight in weights[row.method][1] for row in df.itertuples()]
     return df.assign(planned=np.array(in_grid) & (df.lr==df.setting.map(rates)))
 
@@ -103,7 +105,7 @@ def seed_differences(
 def pair_gains(
     df:pd.DataFrame, # as `load_atlas` gives
     metric:str='accuracy' # what is judged
-)->pd.DataFrame: # one row a setting, pair and seed: first, second, gain (over the first), alone (of the second), surplus
+)->pd.DataFrame: # one row a setting, pair and seed: first, second, gain (over first), alone (of second), surplus
     "Compare two methods together with each alone at the same weights (equation 2)."
     done = df[df.status=='done']
     value = {(row.setting, row.method, row.seed, frozenset(row.settings.items())):getattr(row, metric)
@@ -170,6 +172,7 @@ def write_suggestions(
     path:str|Path # the file, .json
 ):
     "Write the table, a line a method."
-    parts = [',\n'.join(f'  {json.dumps(name)}: {json.dumps(told)}' for name,told in part.items()) for part in table.values()]
+    def lines(part): return ',\n'.join(f'  {json.dumps(name)}: {json.dumps(told)}' for name,told in part.items())
+    parts = [lines(part) for part in table.values()]
     text = ',\n'.join(f'{json.dumps(name)}: {{\n{part}\n}}' for name,part in zip(table, parts))
     write_atomic(path, f'{{{text}}}\n')

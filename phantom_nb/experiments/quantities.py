@@ -69,7 +69,7 @@ def random_energy(
 @torch.no_grad()
 def relative_energies(
     model:nn.Module # network
-)->dict: # `energy`: mean over hidden layers, half space; `output_energy`; 1: as at random; left out where there is no pair
+)->dict: # `energy`: mean of hidden layers, half space; `output_energy`; 1: as at random; left out without a pair
     "Measure the energy of a network's neurons in units of its random level (Liu 2018; ours: the unit)."
     output = next(iter(select_layers(model, 'output')))
     found = dict(energy=[], output_energy=[])
@@ -126,7 +126,8 @@ def weight_norm(
     model:nn.Module # network
 )->float: # >= 0
     "Compute the Euclidean norm of all weights of its layers, biases and normalisations left out."
-    with torch.no_grad(): return torch.stack([weight_view(m).norm() for m in select_layers(model).values()]).norm().item()
+    norms = [weight_view(module).detach().norm() for module in select_layers(model).values()]
+    return torch.stack(norms).norm().item()
 
 # %% ../../nbs/experiments/quantities.ipynb #b1e432c7
 @torch.no_grad()

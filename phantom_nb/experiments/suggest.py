@@ -93,7 +93,8 @@ def effects_near(
         if not here: continue
         singles = tuple(effect['diff'] for effect in here)
         error = math.sqrt(sum(effect['error']**2 for effect in here))/len(here)
-        found.append(Effect(method, sum(singles)/len(here), error, told['helps'], told['cost'], here[0]['weight'], singles))
+        mean,weight = sum(singles)/len(here),here[0]['weight']
+        found.append(Effect(method, mean, error, told['helps'], told['cost'], weight, singles))
     return sorted(found, key=lambda effect: -effect.mean)
 
 # %% ../../nbs/experiments/suggest.ipynb #ff35ac62
@@ -109,18 +110,22 @@ def suggest(
     lines += [f"  {name} ({table['settings'][name]['about']}), {far:.1f} steps away" for name,far in near]
     lines += ["", "Effect on test accuracy there, in points (95 %), and whether the method helps over all settings:"]
     for effect in effects[:5]:
-        lines.append(f"  {effect.method:18} {effect.mean:+.1f} ± {2*effect.error:.1f}   {effect.helps:8} {effect.weight}")
-    if len(table['settings'])<3: lines.append("  (Fewer than three settings are recorded: what helps everywhere is not known yet.)")
+        points = f"{effect.mean:+.1f} ± {2*effect.error:.1f}"
+        lines.append(f"  {effect.method:18} {points}   {effect.helps:8} {effect.weight}")
+    if len(table['settings'])<3:
+        lines.append("  (Fewer than three settings are recorded: what helps everywhere is not known yet.)")
     return '\n'.join([*lines, "", *_advice(effects), *_caution(near)])
 
 def _advice(effects):
     "The sentences that recommend"
     good = [effect for effect in effects if effect.recommended]
     if not good:
-        return ["Recommended: plain good practice. No method is shown to help over all settings and to be worth half a point here.",
+        return ["Recommended: plain good practice. No method is shown to help over all settings "
+            "and to be worth half a point here.",
             "  Augmentation, a tuned learning rate and enough epochs come first; more images help most."]
     best = good[0]
-    lines = [f"Recommended: {best.method}, {best.weight}: it helps over all settings, and here by {best.mean:+.1f} points."]
+    lines = [f"Recommended: {best.method}, {best.weight}: "
+        f"it helps over all settings, and here by {best.mean:+.1f} points."]
     also = [e.method for e in good[1:] if best.mean-e.mean<WORTH and e.cost<=1.05*best.cost]
     if also: lines.append(f"  As good, to half a point: {', '.join(also)}.")
     if best.cost>1.2: lines.append(f"  It takes {best.cost:.1f} times as long as plain training.")
@@ -129,4 +134,5 @@ def _advice(effects):
 def _caution(near):
     "A sentence where even the nearest setting is far"
     if near[0][1]<=2: return []
-    return [f"Take care: the nearest setting is {near[0][1]:.1f} steps away, so this is a guess. Compare on your own images."]
+    return [f"Take care: the nearest setting is {near[0][1]:.1f} steps away, so this is a guess. "
+        "Compare on your own images."]
