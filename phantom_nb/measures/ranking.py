@@ -176,7 +176,7 @@ def granulated_draws(
     by:list=(), # further columns in which compared runs must agree
     times:int=500, # resamples of the runs, >= 1
     seed:int=0 # of the resampling
-)->np.ndarray: # (1+times, measures, hyperparams) coefficients in [-1,1], NaN where no pair is left; the first are the runs' own
+)->np.ndarray: # (1+times, measures, hyperparams) in [-1,1], NaN where no pair is left; the first are the runs' own
     "Compute granulated coefficients of several measures on the same resamples; `ValueError` for gaps (Efron 1979)."
     m = np.stack([_values(df, measure, target)[0] for measure in measures])
     t,codes = _values(df, measures[0], target)[1],_codes(df, _columns(hyperparams))

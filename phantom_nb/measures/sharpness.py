@@ -193,5 +193,5 @@ def norm_measures(
         spectral = sum(2*_log(torch.linalg.matrix_norm(w.cpu(), 2).item()) for w in weights) # many small ones
         inverse = -2*math.log(margin) if margin>0 else math.nan
         return pd.Series(dict(parameters=sum(p.numel() for p in network.parameters()),
-            param_norm=torch.stack([w.square().sum() for w in weights]).sum().item(), spectral=spectral, path=path_norm(network, x),
-            margin=margin, inverse_margin=inverse, spectral_margin=spectral+inverse))
+            param_norm=torch.stack([w.square().sum() for w in weights]).sum().item(), spectral=spectral,
+            path=path_norm(network, x), margin=margin, inverse_margin=inverse, spectral_margin=spectral+inverse))
