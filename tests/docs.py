@@ -43,6 +43,12 @@ def link_methods(docs):
         text = p.read_text(encoding='utf-8')
         p.write_text(re.sub(r'href="([^":#]*)#([\w-]+)(\.[\w.-]+)"', lead, text), encoding='utf-8')
 
+def drop_fonts(docs):
+    "Take the themes' fonts from the reader's machine: nothing is loaded from elsewhere before the first paint."
+    for p in (docs/'site_libs').rglob('*.css'):
+        text = p.read_text(encoding='utf-8')
+        p.write_text(re.sub(r'@import url\(https://fonts\.[^)]*\);', '', text), encoding='utf-8')
+
 def make_site(root):
     "Build the site of the project in folder `root` into its `_docs` and return that; SystemExit if a link is broken."
     proc,own = proc_nbs(root/'nbs', force=True, n_workers=2),not get_config(root).git_url
@@ -59,6 +65,7 @@ def make_site(root):
         write_source(root, docs)
         link_source(docs)
     link_methods(docs)
+    drop_fonts(docs)
     print(f'{len(site.pages)} pages in {docs.name}')
     return docs
 

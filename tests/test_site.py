@@ -1,5 +1,5 @@
-"The docs site in a real browser: pages load, links lead somewhere, pictures show, mathematics is typeset."
-import os, re, shutil, subprocess, sys
+"The docs site in a real browser, every page, wide and narrow: it loads, fits, is typeset, can be read and searched."
+import json, os, re, shutil, statistics, subprocess, sys
 from contextlib import contextmanager
 from functools import partial
 from html.parser import HTMLParser
@@ -11,10 +11,9 @@ import pytest
 from test_project import NBS, ROOT, copy_tree, tool
 
 CDN = 'https://cdn.jsdelivr.net/npm/katex@'
+WIDTHS = dict(wide=1400, narrow=390) # a desk's screen and a telephone's, in pixels
 ARGS = '--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync'.split()
 PAGES = {p.relative_to(ROOT/'nbs').with_suffix('.html').as_posix():p for p in NBS}
-VISITED = ['index.html', 'core.html', 'plain.html', 'regularizers/energy.html', 'regularizers/comhe.html',
-    'regularizers/phantom.html', 'regularizers/flatness.html', 'measures/sparsity.html', 'papers/sparsity.html']
 
 
 def needed(what, found):
@@ -69,15 +68,15 @@ def test_pictures_are_there(site, pages):
 
 
 @pytest.fixture(scope='session')
-def katex(site, tmp_path_factory):
-    "The folder of the KaTeX that the pages ask a CDN for, from npm."
+def npm(site, tmp_path_factory):
+    "Folder of the KaTeX that the pages ask a CDN for, and of axe-core, which judges accessibility; from npm."
     versions = {v for p in site.rglob('*.html') for v in re.findall(rf'{CDN}([\d.]+)', p.read_text(encoding='utf-8'))}
     if not versions: pytest.fail('no page has mathematics')
-    npm,to = needed('npm', shutil.which('npm')),tmp_path_factory.mktemp('npm')
-    cmd = [npm, 'install', '--prefix', str(to), '--no-audit', '--no-fund', f'katex@{versions.pop()}']
+    command,to = needed('npm', shutil.which('npm')),tmp_path_factory.mktemp('npm')
+    cmd = [command, 'install', '--prefix', str(to), '--no-audit', '--no-fund', f'katex@{versions.pop()}', 'axe-core@4']
     out = subprocess.run(cmd, cwd=to, capture_output=True, text=True)
-    needed(f'katex from npm ({out.stderr.strip()[-200:]})', out.returncode==0)
-    return to/'node_modules/katex'
+    needed(f'KaTeX from npm ({out.stderr.strip()[-200:]})', out.returncode==0)
+    return to/'node_modules'
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
@@ -91,24 +90,29 @@ def serve(folder):
     finally: server.shutdown()
 
 @pytest.fixture(scope='session')
-def browser(site, katex):
+def browser(site, npm):
     "A function that opens a page of the site and returns it with what went wrong on it."
     sync = pytest.importorskip('playwright.sync_api').sync_playwright
     exe = needed('chromium', shutil.which('chromium') or shutil.which('chromium-browser'))
     with serve(site) as url, sync() as p:
         chromium = p.chromium.launch(executable_path=exe, args=ARGS)
-        context = chromium.new_context(viewport=dict(width=1400, height=1000))
+        contexts = {}
 
         def answer(route):
             "Give KaTeX from npm's files, and nothing else from outside."
             if not route.request.url.startswith(CDN): return route.abort()
-            route.fulfill(path=katex/re.sub(r'^[\d.]+/', '', route.request.url.removeprefix(CDN)))
+            route.fulfill(path=npm/'katex'/re.sub(r'^[\d.]+/', '', route.request.url.removeprefix(CDN)))
 
-        context.route(lambda to: not to.startswith(url), answer)
+        def context(scheme):
+            if scheme not in contexts:
+                contexts[scheme] = chromium.new_context(viewport=dict(width=WIDTHS['wide'], height=1000), color_scheme=scheme)
+                contexts[scheme].route(lambda to: not to.startswith(url), answer)
+            return contexts[scheme]
 
-        def visit(name):
-            page,errors = context.new_page(),[]
+        def visit(name, scheme='light'):
+            page,errors = context(scheme).new_page(),[]
             page.on('pageerror', lambda e: errors.append(str(e)))
+            page.on('console', lambda m: m.type=='error' and errors.append(m.text))
             page.on('response', lambda r: r.status>=400 and errors.append(f'{r.status} {r.url}'))
             response = page.goto(f'{url}/{name}', wait_until='load')
             assert response.status==200
@@ -117,42 +121,83 @@ def browser(site, katex):
         yield visit
         chromium.close()
 
-@pytest.mark.parametrize('name', VISITED)
-def test_page_loads_without_errors(browser, name):
-    page,errors = browser(name)
-    assert page.locator('h1').first.is_visible() and 'phantom_nb' in page.title()
-    assert not errors, errors
+LOOK = """() => {
+  const width = document.documentElement, seen = e => e.offsetParent !== null, main = document.querySelector('main');
+  const prose = main.cloneNode(true);
+  prose.querySelectorAll('pre, code, .katex, script, style').forEach(e => e.remove());
+  return {
+    over: width.scrollWidth - innerWidth,
+    widest: [...main.querySelectorAll('*')].filter(e => seen(e) && e.getBoundingClientRect().right > innerWidth+1 && !e.closest('table, .katex, pre, .sd-table, .cell-output-display'))
+      .slice(0, 3).map(e => e.outerHTML.slice(0, 120)),
+    cut: [...main.querySelectorAll('pre')].filter(e => seen(e) && e.scrollWidth > e.clientWidth+2).length,
+    images: [...main.querySelectorAll('img')].map(i => [i.src.slice(0, 60), i.alt, i.complete, i.naturalWidth, i.naturalHeight]),
+    katex: document.querySelectorAll('.katex').length,
+    wrong: [...document.querySelectorAll('.katex-error')].map(e => e.title),
+    left: (prose.textContent.match(/\\$\\$|\\\\(?:frac|begin|sum|left)\\b/g) || []),
+    paint: (performance.getEntriesByName('first-contentful-paint')[0] || {startTime: 0}).startTime,
+  }}"""
+RULES = ['color-contrast', 'image-alt', 'label', 'link-name', 'button-name', 'html-has-lang', 'document-title', 'heading-order']
+
+def accessibility(page, npm, rules=RULES):
+    "What axe-core finds wrong, a line a place."
+    page.evaluate((npm/'axe-core/axe.min.js').read_text(encoding='utf-8'))
+    found = page.evaluate("rules => axe.run(document, {runOnly: rules, resultTypes: ['violations']})", rules)
+    return [f"{v['id']}: {n['html'][:110]} ({n['any'][0]['message'][:120] if n['any'] else ''})" for v in found['violations'] for n in v['nodes'][:3]]
+
+@pytest.fixture(scope='session')
+def looks(browser, npm):
+    "What is seen of every page: name -> (errors, what a wide and a narrow window show, what axe-core finds)."
+    found = {}
+    for name in PAGES:
+        page,errors = browser(name)
+        wide,wrong = page.evaluate(LOOK),accessibility(page, npm)
+        page.set_viewport_size(dict(width=WIDTHS['narrow'], height=800))
+        found[name] = errors,dict(wide=wide, narrow=page.evaluate(LOOK)),wrong
+        page.close()
+    return found
+
+def each(looks, width, what): return {name:look[width][what] for name,(_,look,_) in looks.items() if look[width][what]}
+
+def test_pages_load_without_errors(looks): assert not {name:errors for name,(errors,*_) in looks.items() if errors}
+
+@pytest.mark.parametrize('width', WIDTHS)
+def test_nothing_is_cut_off_at_the_side(looks, width):
+    "Code, tables and equations fit the column or scroll inside it"
+    over = {name:(px, looks[name][1][width]['widest']) for name,px in each(looks, width, 'over').items() if px>1}
+    assert not over and not each(looks, width, 'cut'), (over, each(looks, width, 'cut'))
+
+def test_pictures_are_drawn_and_described(looks):
+    bad = {name:[i for i in images if not (len(i[1])>5 and i[2] and i[3]>1 and i[4]>1)] for name,images in each(looks, 'wide', 'images').items()}
+    assert not {name:images for name,images in bad.items() if images}
+
+def test_all_mathematics_is_typeset(looks):
+    assert len(each(looks, 'wide', 'katex'))>10
+    assert not each(looks, 'wide', 'wrong') and not each(looks, 'wide', 'left'), (each(looks, 'wide', 'wrong'), each(looks, 'wide', 'left'))
+
+def test_pages_can_be_read_by_everybody(looks):
+    "Contrast, names of links and buttons, headings in order (axe-core)"
+    assert not {name:wrong for name,(*_,wrong) in looks.items() if wrong}
+
+@pytest.mark.parametrize('name', ['index.html', 'commands.html', 'regularizers/energy.html', 'papers/phantom.html'])
+def test_dark_pages_can_be_read(browser, npm, name):
+    page,errors = browser(name, 'dark')
+    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert sum(map(int, re.findall(r'\d+', back)[:3]))<200, back
+    assert not errors and not (wrong := accessibility(page, npm, ['color-contrast'])), wrong
     page.close()
 
-def test_sidebar_shows_every_page_and_each_link_works(browser):
+def test_pages_are_light_and_quick(site, looks):
+    heavy = {name:round((site/name).stat().st_size/1e6, 2) for name in PAGES if (site/name).stat().st_size>1.5e6}
+    assert not heavy, f'MB: {heavy}'
+    assert statistics.median(look['wide']['paint'] for _,look,_ in looks.values())<1000 # milliseconds
+
+def test_sidebar_shows_every_page(browser):
     page,_ = browser('index.html')
     links = page.locator('#quarto-sidebar a.sidebar-link')
     hrefs = {links.nth(i).get_attribute('href') for i in range(links.count())} - {None}
     assert {re.sub(r'^\./', '', h) for h in hrefs}>=PAGES.keys()
-    for href in PAGES:
-        opened,errors = browser(href)
-        assert opened.locator('h1').first.inner_text() and not errors, (href, errors)
-        opened.close()
     page.locator('#quarto-sidebar a.sidebar-link', has_text='The base class').first.click()
     page.wait_for_url('**/core.html')
-    page.close()
-
-@pytest.mark.parametrize('name', VISITED)
-def test_pictures_are_drawn(browser, name):
-    page,_ = browser(name)
-    sizes = page.eval_on_selector_all('main img', 'is => is.map(i => [i.complete, i.naturalWidth, i.naturalHeight])')
-    assert all(done and w>1 and h>1 for done,w,h in sizes), sizes
-    page.close()
-
-def test_mathematics_is_typeset(browser):
-    page,errors = browser('regularizers/energy.html')
-    page.wait_for_selector('.katex-html', state='attached')
-    assert page.locator('.katex').count()>5 and page.locator('.katex-display').count()>0
-    assert page.locator('.katex-error').count()==0, page.locator('.katex-error').first.get_attribute('title')
-    box = page.locator('.katex-display').first.bounding_box()
-    assert box['width']>50 and box['height']>10 and not errors
-    left = page.locator('main').inner_text()
-    assert '$$' not in left and '\\frac' not in left.replace(page.locator('.katex-mathml').first.inner_text(), '')
     page.close()
 
 def test_code_stands_on_its_page_and_source_links_lead_to_the_line(browser, site):
@@ -169,13 +214,26 @@ def test_code_stands_on_its_page_and_source_links_lead_to_the_line(browser, site
     opened.close()
     page.close()
 
-@pytest.mark.parametrize('name', VISITED)
-def test_nothing_is_cut_off_at_the_side(browser, name):
-    "Code, tables and equations fit the column or scroll inside it"
-    page,_ = browser(name)
-    width = page.evaluate('[document.documentElement.scrollWidth, window.innerWidth]')
-    cut = page.eval_on_selector_all('main pre', 'ps => ps.filter(p => p.scrollWidth>p.clientWidth+2).length')
-    assert width[0]<=width[1]+1 and cut==0, (width, cut)
+@pytest.mark.parametrize('word,where', [('CoMHE', 'comhe'), ('c3', 'intraclass|clustering'), ('onset', 'sparsity'), ('create_model', 'models')])
+def test_search_finds_and_the_keyboard_is_enough(browser, npm, word, where):
+    "`/` goes to the search box, arrows choose, Enter opens; what is found can be read"
+    page,errors = browser('core.html')
+    page.keyboard.press('/')
+    page.keyboard.type(word)
+    page.wait_for_selector('.search-result')
+    hrefs = page.eval_on_selector_all('.search-result', 'es => es.map(e => e.getAttribute("href"))')
+    assert any(re.search(where, href) for href in hrefs), hrefs
+    assert not (wrong := accessibility(page, npm, ['color-contrast'])), wrong
+    page.keyboard.press('ArrowDown')
+    page.keyboard.press('Enter')
+    page.wait_for_url(lambda url: hrefs[0].removeprefix('./').partition('#')[0] in url)
+    assert not errors
     page.close()
 
-def test_search_finds_a_function(site): assert 'create_model' in (site/'search.json').read_text(encoding='utf-8')
+def test_keyboard_reaches_the_text(browser):
+    "Tab moves the focus over links that can be seen, and the place is marked"
+    page,_ = browser('index.html')
+    for _ in range(6): page.keyboard.press('Tab')
+    shown = page.evaluate("() => {const e = document.activeElement, s = getComputedStyle(e); return [e.tagName, s.outlineStyle, s.boxShadow]}")
+    assert shown[0] in ('A','BUTTON','INPUT','SUMMARY') and (shown[1]!='none' or shown[2]!='none'), shown
+    page.close()
