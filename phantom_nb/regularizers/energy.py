@@ -57,7 +57,7 @@ def _wide_type(w):
     return w.dtype if w.device.type=='mps' else torch.float64
 
 def _lengths(q, n, eps, dtype):
-    "`r`, `c`, `share` and `short` of `n` neurons a group from their squared norms `q (g,rows,1)`, the other rows zero"
+    "`Directions` without `w_hat`, of `n` neurons a group from squared norms `q (g,rows,1)`, other rows zero"
     total = q.sum(-2, keepdim=True)
     floor = total*(SHORT/n) if eps is None else None
     lifted = torch.maximum(q, floor) if eps is None else q+eps
@@ -65,9 +65,9 @@ def _lengths(q, n, eps, dtype):
     lifted = lifted.masked_fill(zero, 1)
     r = lifted.rsqrt().masked_fill(zero, 0).to(dtype)
     c = (q/lifted).to(dtype)
-    if eps is not None: return r, c, None, None
+    if eps is not None: return Directions(None, r, c, None, None)
     share = (lifted/total.masked_fill(total==0, 1)).masked_fill(zero, 0).to(dtype)
-    return r, c, share, q<=floor
+    return Directions(None, r, c, share, q<=floor)
 
 def directions(
     w:Tensor, # (g,n,d) neurons
@@ -75,8 +75,8 @@ def directions(
 )->Directions: # with tensors of the type of `w`
     "Normalise neurons; a zero neuron has no direction and stays zero (eq. 1)."
     q = torch.linalg.vector_norm(w, dim=-1, keepdim=True, dtype=_wide_type(w)).square()
-    r,*rest = _lengths(q, w.shape[-2], eps, w.dtype)
-    return Directions(w*r, r, *rest)
+    to = _lengths(q, w.shape[-2], eps, w.dtype)
+    return to._replace(w_hat=w*to.r)
 
 # %% ../../nbs/regularizers/energy.ipynb #59479cf0
 def _kernel(u, s, c=1):
@@ -252,7 +252,7 @@ def in_groups(
     f:Callable, # takes tensors (b,...), gives a tensor (b,...)
     *lists # of tensors (b,...), as many in each
 )->list: # what `f` gives for each place of the lists
-    "Apply a function at once to all tensors that agree in shape but for the first axis, and take the result apart (ours)."
+    "Apply a function at once to all tensors of one shape, the first axis aside, and take the result apart (ours)."
     shapes = [tuple(x.shape[1:] for x in xs) for xs in zip(*lists)]
     results = {}
     for shape in dict.fromkeys(shapes):
@@ -264,41 +264,49 @@ def in_groups(
 # %% ../../nbs/regularizers/energy.ipynb #23675cdc
 PADDED = 2**23 # entries of the padded matrices at most
 
+class _Frame(NamedTuple):
+    "What padding needs to know of each of b groups"
+    n:Tensor # (b,1,1) neurons
+    pairs:Tensor # (b,1,1)
+    half:Tensor # (b,1,1) 1 in half space, else 0
+    mask:Tensor # (b,rows,1) 1 for neurons, 0 for padding
+
 def _frame(ws, halves):
-    "Neurons and pairs of each group, and whether it is in half space, (b,1,1); mask of the rows (b,n,1)"
+    "Say what is padded how"
     groups = [(w.shape[1], float(half)) for w,half in zip(ws, halves) for _ in w]
     columns = [[n for n,_ in groups], [n*(n-1)+half*n*n for n,half in groups], [half for _,half in groups]]
-    n,pairs,half = torch.tensor(columns, dtype=ws[0].dtype).to(ws[0].device, non_blocking=True)[...,None,None]
-    rows = torch.arange(max(w.shape[1] for w in ws), device=n.device, dtype=n.dtype)
-    return n, pairs, half, (rows[:,None]<n).to(n.dtype)
+    columns = torch.tensor(columns, dtype=ws[0].dtype).to(ws[0].device, non_blocking=True)[...,None,None]
+    rows = torch.arange(max(w.shape[1] for w in ws), device=columns.device, dtype=columns.dtype)
+    return _Frame(*columns, (rows[:,None]<columns[0]).to(columns.dtype))
 
 def _padded_energy_grad(ws, halves, form):
     "Energies `(b,)` of groups of neurons of all `ws`, each (b,n,d); M `(b,n,n)`, padded; and directions of each"
     counts = [len(w) for w in ws]
-    n,pairs,half,mask = _frame(ws, halves)
+    frame = _frame(ws, halves)
+    mask = frame.mask
     q = torch.zeros_like(mask, dtype=_wide_type(mask))
     for w,part in zip(ws, q.split(counts)):
         torch.linalg.vector_norm(w, dim=-1, keepdim=True, dtype=q.dtype, out=part[:,:w.shape[1]])
-    r,c,share,short = _lengths(q.square_(), n, form.eps, mask.dtype)
-    w_hats = [w*part[:,:w.shape[1]] for w,part in zip(ws, r.split(counts))]
+    to = _lengths(q.square_(), frame.n, form.eps, mask.dtype)
+    w_hats = [w*part[:,:w.shape[1]] for w,part in zip(ws, to.r.split(counts))]
     g = mask.new_zeros(len(mask), mask.shape[1], mask.shape[1])
     for w_hat,part in zip(w_hats, g.split(counts)):
         torch.bmm(w_hat, w_hat.mT, out=part[:,:w_hat.shape[1],:w_hat.shape[1]])
     g.diagonal(dim1=-2, dim2=-1).zero_()
     f,df = _phi(g, form)
     mirrored = _phi(-g, form) if any(halves) else None
-    if mirrored: f,df = f.addcmul_(half, mirrored[0]),df.addcmul_(half, mirrored[1], value=-1)
+    if mirrored: f,df = f.addcmul_(frame.half, mirrored[0]),df.addcmul_(frame.half, mirrored[1], value=-1)
     df.diagonal(dim1=-2, dim2=-1).zero_()
     at_zero = _phi(g.new_zeros(()), form)[0]
-    total = (mask.mT@f@mask) - n*(1+half)*at_zero # the diagonal of g is zero
+    total = (mask.mT@f@mask) - frame.n*(1+frame.half)*at_zero # the diagonal of g is zero
     rho,pull = (df*g).sum(-1, keepdim=True),0.
     if mirrored: # every neuron and its own mirror image
-        f,pull = _phi(-c, form)
-        total = total + (half*mask*f).sum(-2, keepdim=True)
-        pull = half*pull
-    rho = radial_part(rho, Directions(None, r, c, share, short), pull)
+        f,pull = _phi(-to.c, form)
+        total = total + (frame.half*mask*f).sum(-2, keepdim=True)
+        pull = frame.half*pull
+    rho = radial_part(rho, to, pull)
     df.diagonal(dim1=-2, dim2=-1).copy_(-rho[...,0])
-    return (total/pairs).flatten(), df.mul_(r*(2/pairs)), w_hats
+    return (total/frame.pairs).flatten(), df.mul_(to.r*(2/frame.pairs)), w_hats
 
 class _PaddedEnergy(torch.autograd.Function):
     "Energies `(b,)` of all groups of `ws`; the forward pass prepares the gradient, the backward pass multiplies"

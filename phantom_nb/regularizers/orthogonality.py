@@ -95,4 +95,9 @@ class SquaredCosine(MHE):
     ):
         super().__init__(lam, hidden=hidden, output=output, every=every, layers=layers)
 
-    def group_energies(self, ws, halves): return in_groups(squared_cosine, ws)
+    def group_energies(self,
+        ws:list, # of (b,n,d) neurons of a stack, group after group
+        halves:list # of bool, without effect: a square has no sign
+    )->list: # of (b,)
+        "Compute the squared cosines of each group."
+        return in_groups(squared_cosine, ws)

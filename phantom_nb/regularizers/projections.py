@@ -40,7 +40,8 @@ def projected_energies(
     halves:list|None=None # of bool: in half space, a stack each; None for the form's
 )->list: # of (l,m) energies, averaged over the g groups
     "Compute the energies of several stacks; those with as many neurons go through together, on a GPU all of them."
-    es = energies_together([y.flatten(0, 2) for y in ys], halves or [form.half_space]*len(ys), form._replace(half_space=False))
+    halves = halves or [form.half_space]*len(ys)
+    es = energies_together([y.flatten(0, 2) for y in ys], halves, form._replace(half_space=False))
     return [e.view(y.shape[:3]).mean(2) for e,y in zip(es, ys)]
 
 # %% ../../nbs/regularizers/projections.ipynb #d4f91289
