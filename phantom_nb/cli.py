@@ -7,8 +7,8 @@ __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', '
            'Pretrained', 'Augment', 'Size', 'Lr', 'Precision', 'Out', 'Root', 'Jobs', 'Budget', 'Spec', 'SweepOut',
            'Limit', 'Engine', 'Address', 'Recorded', 'Where', 'Over', 'Metric', 'Lower', 'Baseline', 'Export', 'Plot',
            'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Sample', 'Figure', 'Classes', 'PerClass', 'WrongLabels',
-           'Imbalance', 'Pieces', 'Listed', 'seconds_of', 'compare', 'sweep', 'results', 'data_command', 'bench',
-           'measure', 'suggest', 'gpu', 'main']
+           'Imbalance', 'Page', 'Trained', 'Pieces', 'Listed', 'seconds_of', 'compare', 'sweep', 'results',
+           'data_command', 'bench', 'measure', 'suggest', 'report', 'gpu', 'main']
 
 # %% ../nbs/cli.ipynb #3b88872f
 import inspect, os, re, sys, warnings
@@ -529,6 +529,41 @@ def suggest(classes:Classes=None, per_class:PerClass=None, pretrained:Pretrained
         told = {name:2 if value is None else value for name,value in mine.items()}
         setting = check(Setting, **told, pretrained=pretrained, wrong_labels=wrong_labels, imbalance=imbalance)
     _wide_console().print(suggested(setting), highlight=False, markup=False, soft_wrap=True)
+
+# %% ../nbs/cli.ipynb #ef690608
+Page = Annotated[Path|None, _option("The page (.html); a picture (.png) is written beside it. "
+    "Default: LEARNER.html beside the learner.")]
+Trained = Annotated[int|None, _option("Images that it was trained on. Default: all training images of the data.")]
+
+@app.command()
+def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=None, out:Page=None, root:Root=None):
+    "Say what is wrong with a saved learner and what to try; write one page with figures."
+    out = out or learner.with_suffix('.html')
+    with _checks() as check:
+        check(check_data, data)
+        check(_check_suffix, out, ('.html',))
+        check(_check_folder, 'out', out.parent)
+        for name,value in dict(size=size, n_train=n_train).items():
+            if value is not None: check(whole, name, value)
+        check(_check_root, root)
+        if not learner.is_file():
+            check.refuse(f"no learner at {str(learner)!r}: save one with learn.export('learner.pkl'), and give its file")
+    from phantom_nb.data import get_dls, load_dataset
+    from phantom_nb.experiments.diagnose import diagnose
+    from phantom_nb.experiments.diagnosis_page import save_diagnosis
+    from phantom_nb.experiments.learner import loaders_for, open_learner
+    learn,console = open_learner(learner),_wide_console()
+    dls = loaders_for(learn, data, None, root, size)
+    images = load_dataset(data, root, size=dls.train_ds.x.shape[-1])
+    own = images.x_valid is not None
+    if own: dls = get_dls(images, device='cpu')
+    held = dls.valid if own else dls.test
+    if not len(held.dataset): raise ValueError(f"{data} has no images but training images: add a folder test/ or valid/")
+    found = diagnose(learn, dls.train, held, n_train=n_train or len(images.x_train), title=f"{learner.name} on {data}")
+    page,picture = save_diagnosis(found, out)
+    _say(console, f"Held-out images: {'validation' if own else 'test'} images of {data}. Do not choose between networks on them.")
+    for finding in found.findings: _say(console, str(finding))
+    _say(console, f"Page: {page}; picture: {picture}")
 
 # %% ../nbs/cli.ipynb #a56166dc
 Pieces = Annotated[str|None, _argument("One piece by its name. Default: all that are not done.")]

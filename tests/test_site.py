@@ -1,5 +1,5 @@
 "The docs site in a real browser, every page, wide and narrow: it loads, fits, is typeset, can be read and searched."
-import json, os, re, shutil, statistics, subprocess, sys
+import os, re, shutil, statistics, subprocess, sys
 from contextlib import contextmanager
 from functools import partial
 from html.parser import HTMLParser
@@ -136,7 +136,7 @@ LOOK = """() => {
     left: (prose.textContent.match(/\\$\\$|\\\\(?:frac|begin|sum|left)\\b/g) || []),
     paint: (performance.getEntriesByName('first-contentful-paint')[0] || {startTime: 0}).startTime,
   }}"""
-RULES = ['color-contrast', 'image-alt', 'label', 'link-name', 'button-name', 'html-has-lang', 'document-title', 'heading-order']
+RULES = ['color-contrast', 'image-alt', 'label', 'link-name', 'button-name', 'html-has-lang', 'document-title']
 
 def accessibility(page, npm, rules=RULES):
     "What axe-core finds wrong, a line a place."

@@ -8,7 +8,7 @@ __all__ = ['TEMPERATURES', 'GROUPS', 'LEVELS', 'QUANTITIES', 'FROM_ROWS', 'MOST_
            'load_bands', 'percentile_in', 'Finding', 'Diagnosis', 'diagnose', 'at_chance', 'half_width',
            'judge_network']
 
-# %% ../../nbs/experiments/diagnose.ipynb #4c3f9713
+# %% ../../nbs/experiments/diagnose.ipynb #dc532a18
 import json, math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -34,7 +34,7 @@ from ..measures.sparsity import measure_sparsity
 from ..measures.sparsity_monitor import overfit_onset
 from ..regularizers.energy import hyperspherical_energy
 
-# %% ../../nbs/experiments/diagnose.ipynb #571dd703
+# %% ../../nbs/experiments/diagnose.ipynb #9391c86b
 TEMPERATURES = torch.logspace(-1, 1, 121, base=2).square() # a quarter to four, in steps of 2.3 %
 
 def best_temperature(
@@ -45,7 +45,7 @@ def best_temperature(
     losses = [F.cross_entropy(logits/T, y).item() for T in TEMPERATURES.tolist()]
     return TEMPERATURES[int(np.nanargmin(losses))].item()
 
-# %% ../../nbs/experiments/diagnose.ipynb #171b2c55
+# %% ../../nbs/experiments/diagnose.ipynb #ef6943f6
 def energy_floor(
     n:int # neurons, >= 2
 )->float: # > 0
@@ -68,7 +68,7 @@ def layer_weights(
         rows[name] = dict(energy=energy, floor=energy_floor(n)/random, norm=w.norm().item(), neurons=n, inputs=d)
     return pd.DataFrame.from_dict(rows, orient='index', columns=['energy','floor','norm','neurons','inputs'])
 
-# %% ../../nbs/experiments/diagnose.ipynb #58796422
+# %% ../../nbs/experiments/diagnose.ipynb #b71696af
 @dataclass(frozen=True)
 class Confusion:
     "Two classes that are taken for each other (ours)."
@@ -98,7 +98,7 @@ def confused_pairs(
         found.append(Confusion(classes[i], classes[j], int(both[i,j]), int(table[[i,j]].sum()), examples))
     return found
 
-# %% ../../nbs/experiments/diagnose.ipynb #32e5c365
+# %% ../../nbs/experiments/diagnose.ipynb #0079f045
 GROUPS = {'up to 300':(0, 300), '300 to 3,000':(300, 3000), 'more than 3,000':(3000, math.inf)} # training images
 LEVELS = [0, 5, 10, 25, 50, 75, 90, 95, 100]
 QUANTITIES = dict(gap='training minus validation accuracy', ece='calibration error', similarity='similarity of classes',
@@ -147,7 +147,7 @@ def percentile_in(
     if above-below>1: return float((LEVELS[below]+LEVELS[above-1])/2) # a value that many share
     return float(np.interp(value, band, LEVELS))
 
-# %% ../../nbs/experiments/diagnose.ipynb #772d7c74
+# %% ../../nbs/experiments/diagnose.ipynb #a85ec9be
 @dataclass(frozen=True)
 class Finding:
     "Something that stands out: a fact with its numbers, and what to do (ours)."
@@ -184,7 +184,7 @@ class Diagnosis:
 
     def __str__(self): return '\n'.join(map(str, self.findings))
 
-# %% ../../nbs/experiments/diagnose.ipynb #f5639aab
+# %% ../../nbs/experiments/diagnose.ipynb #34d538cb
 SAMPLE = 500 # training images that are looked at, as many as in the recorded rows
 
 def _scaled(x):
@@ -218,7 +218,7 @@ def _recorded(learn):
         if cb.kind=='penalty' and record.share.notna().any(): shares[cb.name] = (float(record.lam.max()), float(record.share.mean()))
     return curves,shares
 
-# %% ../../nbs/experiments/diagnose.ipynb #b57677f9
+# %% ../../nbs/experiments/diagnose.ipynb #1a7f3071
 def diagnose(
     learn:Learner|nn.Module, # a learner, or any network: images (B,C,H,W) -> logits (B,C)
     train:Iterable|None=None, # loader of training images; None for the learner's
@@ -226,6 +226,7 @@ def diagnose(
     classes:Sequence|None=None, # names of the classes; None for the loader's, or numbers
     n:int=1000, # held-out images to look at, at most; of training images 500
     curves:pd.DataFrame|None=None, # train_loss and valid_loss by epoch; None for the learner's
+    n_train:int|None=None, # images that it was trained on; None for those of the loader
     title:str='' # of the network
 )->Diagnosis: # with its findings
     "Measure a trained classifier and say what stands out; `ValueError` without images or classes (ours)."
@@ -252,14 +253,15 @@ def diagnose(
         gap=train_told['accuracy']-judged['accuracy'])
     with suppress(ValueError): quantities |= relative_energies(model)
     images = _scaled(torch.cat([x for x,_ in held]))
-    found = Diagnosis(names, len(train.dataset), train_told, judged, {q:quantities.get(q, math.nan) for q in QUANTITIES},
+    n_train = whole('n_train', len(train.dataset) if n_train is None else n_train)
+    found = Diagnosis(names, n_train, train_told, judged, {q:quantities.get(q, math.nan) for q in QUANTITIES},
         table.drop('network'), measure_sparsity(model, seen), layer_weights(model),
         confused_pairs(judged['logits'], judged['y'], names, images), pd.DataFrame() if curves is None else curves, shares,
-        load_bands(len(train.dataset)), title or type(model).__name__)
+        load_bands(n_train), title or type(model).__name__)
     found.findings = judge_network(found)
     return found
 
-# %% ../../nbs/experiments/diagnose.ipynb #c1efb01c
+# %% ../../nbs/experiments/diagnose.ipynb #7296dd25
 FELT = .02,.5 # share of the gradient: below, a penalty is not felt; above, it rules (ours)
 
 def at_chance(
@@ -355,18 +357,20 @@ def _unusual(d):
     "What lies outside the band of recorded networks?"
     for name,label in QUANTITIES.items():
         place = d.percentile(name)
+        if name in ('gap','ece','norm'): continue # judged above; a norm belongs to one size of network
         if not (place<5 or place>95): continue
         how = 'lower' if place<5 else 'higher'
         yield Finding('see', f"{label[0].upper()+label[1:]} is {d.quantities[name]:.3g}, {how} than in 19 of 20 recorded networks "
             f"({d.bands[name][1]:.3g} to {d.bands[name][-2]:.3g}).")
 
-# %% ../../nbs/experiments/diagnose.ipynb #95cc48e5
+# %% ../../nbs/experiments/diagnose.ipynb #36128491
 def judge_network(
     d:Diagnosis # measured
 )->list: # `Finding`s, the most urgent first
     "Apply the rules; at chance level only the first one speaks (ours)."
     first = _learned(d)
     if first.kind=='stop': return [first]
-    found = [first, *_felt(d), _calibrated(d), _curved(d), _mixed_up(d), _died(d), _crowded(d), *_unusual(d)]
+    found = [first, *_felt(d), _calibrated(d), _curved(d), _mixed_up(d), _died(d), _crowded(d)]
+    if d.train['accuracy']>.9: found += _unusual(d) # recorded networks fit their images
     order = dict(do=0, see=1, well=2)
     return sorted([f for f in found if f], key=lambda f: order[f.kind])

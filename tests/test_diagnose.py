@@ -1,0 +1,107 @@
+"The diagnosis of a trained network: rules, bands, the page, the command"
+import json, math, re, time
+import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import Learner
+from test_project import ROOT
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
+
+from phantom_nb.cli import app
+from phantom_nb.experiments.diagnose import BANDS, LEVELS, QUANTITIES, best_temperature, diagnose, load_bands, percentile_in
+from phantom_nb.experiments.diagnose import confused_pairs, reference_bands
+from phantom_nb.experiments.diagnosis_page import diagnosis_html, panels_of, save_diagnosis
+from phantom_nb.experiments.learner import make_learner
+from phantom_nb.experiments.run import Run
+from phantom_nb.models import create_model
+
+def loaders(n=120, classes=4, size=16):
+    gen = torch.Generator().manual_seed(0)
+    y = torch.arange(n)%classes
+    x = torch.randn(n, 3, size, size, generator=gen)+y[:,None,None,None]
+    return DataLoader(TensorDataset(x, y), 32),DataLoader(TensorDataset(x.flip(3), y), 32)
+
+@pytest.fixture(scope='module')
+def trained():
+    learn = make_learner(Run(epochs=8, n_train=200, n_valid=200), device='cpu')
+    learn.fit(8)
+    return learn
+
+def test_any_network_and_loader(trained):
+    "A torchvision network, never seen here: measured, and its mode and hooks put back"
+    from torchvision.models import resnet18
+    model = resnet18(num_classes=4)
+    found = diagnose(model, *loaders(), classes=['a','b','c','d'])
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert {'accuracy','loss','n'}<=found.train.keys() and len(found.weights)>10 and str(found)
+
+def test_a_learner_is_not_changed(trained):
+    before = [p.clone() for p in trained.model.parameters()]
+    found = diagnose(trained)
+    assert all(torch.equal(a, b) for a,b in zip(before, trained.model.parameters()))
+    assert found.valid['n']==200 and found.n_train==200
+    assert str(diagnose(trained))==str(found)
+
+def test_the_page_holds_everything_in_itself(trained, tmp_path):
+    found = diagnose(trained, title='<b>mine</b>')
+    page,picture = save_diagnosis(found, tmp_path/'deep'/'page.html')
+    text = page.read_text(encoding='utf-8')
+    assert '<b>mine</b>' not in text and not re.findall(r'(?:src|href)="(?!data:)', text)
+    assert text.count('<img alt="')==len(panels_of(found)) and len(text)<1_500_000 and picture.stat().st_size>1000
+
+def test_under_a_minute_for_resnet18():
+    start = time.perf_counter()
+    found = diagnose(create_model('resnet18', n_in=3, n_out=4, size=32), *loaders(1000, size=32))
+    diagnosis_html(found)
+    assert time.perf_counter()-start<60
+
+@pytest.mark.parametrize('T', [.5, 1., 3.])
+def test_temperature_is_found(T):
+    gen = torch.Generator().manual_seed(1)
+    z = 2*torch.randn(5000, 6, generator=gen)
+    y = torch.multinomial(z.softmax(1), 1, generator=gen)[:,0]
+    assert best_temperature(T*z, y)==pytest.approx(T, rel=.1)
+
+def test_percentiles():
+    band = [0, 0, 0, 0, 1, 2, 3, 4, 9]
+    assert percentile_in(band, -1)==0 and percentile_in(band, 99)==100 and percentile_in(band, 2)==75
+    assert percentile_in(band, 0)==12.5 # half of the networks that share the value
+
+def test_bands_of_the_package_are_those_of_the_rows():
+    "Quantiles rise, every quantity is there, and groups are chosen by size"
+    table = json.loads((ROOT/'phantom_nb'/BANDS).read_text())
+    for told in table.values():
+        assert told['networks']>=20 and told['settings']
+        assert all(len(told[q])==len(LEVELS) and sorted(told[q])==told[q] for q in QUANTITIES)
+    for group,n in {'up to 300':200, '300 to 3,000':1000}.items(): assert load_bands(n)['group']==group
+
+def test_a_band_needs_twenty_networks():
+    row = dict(status='done', key='k', data='d', model='m', n_train=1000, label_noise=0., train_accuracy=1., valid_accuracy=.6,
+        valid_ece=.2, valid_similarity=.5, valid_margin=.1, net_energy=1., net_sparsity=.3, net_dead=0., net_c3=1.2, net_c4=1.5, net_norm=100.)
+    few = pd.DataFrame([row|dict(key=str(i)) for i in range(19)])
+    assert reference_bands(few)=={}
+    many = pd.DataFrame([row|dict(key=str(i), valid_accuracy=.5+i/1000) for i in range(100)])
+    told, = reference_bands(many).values()
+    assert told['networks']==60 and told['gap'][0]>told['gap'][-1]-.1
+
+def test_confusions_name_pairs_once():
+    y = torch.tensor([0]*10+[1]*10+[2]*10)
+    guess = y.clone()
+    guess[:3],guess[10:12] = 1,0
+    pair, = confused_pairs(nn.functional.one_hot(guess, 3).float(), y, ['a','b','c'])
+    assert (pair.one, pair.other, pair.mistakes, pair.images)==('a', 'b', 5, 20)
+
+@pytest.mark.parametrize('wrong,told', [(dict(classes=['a']), 'classes='), (dict(n=1), 'n=1'), (dict(n_train=0), 'n_train=0')])
+def test_wrong_values_are_refused(wrong, told):
+    with pytest.raises(ValueError, match=told): diagnose(create_model('small_cnn', n_in=3, n_out=4, size=16), *loaders(), **wrong)
+
+def test_the_command_writes_a_page(trained, tmp_path):
+    trained.export(tmp_path/'digits.pkl')
+    done = CliRunner().invoke(app, ['report', str(tmp_path/'digits.pkl'), '--n-train', '200'])
+    assert done.exit_code==0, done.output
+    assert 'Accuracy is' in done.output and (tmp_path/'digits.html').exists() and (tmp_path/'digits.png').exists()
+
+def test_nothing_is_said_of_a_network_that_has_learned_nothing(trained):
+    found = diagnose(Learner(trained.dls, create_model('small_cnn', size=8, seed=1)))
+    assert [f.kind for f in found.findings]==['stop'] and not {'bands','intraclass'} & panels_of(found).keys()
+    assert all(math.isfinite(v) for v in found.quantities.values()) and np.isfinite(found.layers.to_numpy()).all()
