@@ -553,7 +553,7 @@ def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=No
     from phantom_nb.experiments.diagnosis_page import save_diagnosis
     from phantom_nb.experiments.learner import loaders_for, open_learner
     learn,console = open_learner(learner),_wide_console()
-    dls = loaders_for(learn, data, None, root, size)
+    dls = loaders_for(learn, data, n_train, root, size)
     images = load_dataset(data, root, size=dls.train_ds.x.shape[-1])
     own = images.x_valid is not None
     if own: dls = get_dls(images, device='cpu')

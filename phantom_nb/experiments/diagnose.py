@@ -285,7 +285,7 @@ def _learned(d):
     a,v,n = 100*d.train['accuracy'], 100*d.valid['accuracy'], d.valid['n']
     told = f"Accuracy is {a:.1f} % on training images and {v:.1f} ± {half_width(v/100, n):.1f} % on {n} held-out ones."
     if at_chance(d.train['accuracy'], d.train['n'], len(d.classes)):
-        return Finding('stop', told, f"Chance is {100/len(d.classes):.1f} %: it has learned nothing. Check labels and learning rate (lr_find).")
+        return Finding('stop', told, f"Chance is {100/len(d.classes):.1f} %, and these images cannot tell it from guessing. Check labels, epochs and learning rate (lr_find).")
     gap = a-v
     if a<90 and gap<max(3, half_width(v/100, n)):
         return Finding('do', told, "It does not fit its training images: train longer or take a larger network. A regularizer would hold it back more.")
@@ -304,6 +304,7 @@ def _atlas_words(d):
 def _calibrated(d):
     "Is it as sure as it is right?"
     v = d.valid
+    if v['n']<50: return None # a bin of three images says nothing
     told = f"It is wrong about how sure it is by {v['ece']:.2f} on average"
     if v['ece_before']-v['ece_after']<.02: return Finding('well', f"{told}, and a temperature does not mend that.")
     way = 'too sure' if v['temperature']>1 else 'not sure enough'
@@ -312,7 +313,7 @@ def _calibrated(d):
 
 def _curved(d):
     "When did over-fitting begin?"
-    if not len(d.curves) or not np.isfinite(np.asarray(d.curves.valid_loss, float)).any(): return None
+    if len(d.curves)<5 or not np.isfinite(np.asarray(d.curves.valid_loss, float)).any(): return None
     loss = d.curves.valid_loss.astype(float).to_numpy()
     onset = overfit_onset(loss)
     if onset is None: return Finding('well', f"The validation loss did not rise in {len(loss)} epochs.")

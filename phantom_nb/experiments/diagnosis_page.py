@@ -8,7 +8,7 @@ __all__ = ['PANELS', 'STYLE', 'ALT', 'draw_curves', 'draw_calibration', 'draw_co
            'save_diagnosis']
 
 # %% ../../nbs/experiments/diagnosis_page.ipynb #99847cd6
-import base64, io, math
+import base64, io, math, textwrap
 from html import escape
 from pathlib import Path
 
@@ -131,7 +131,8 @@ def draw_bands(
     names = [name for name in QUANTITIES if math.isfinite(d.percentile(name))]
     ax.barh(range(len(names)), 90, left=5, color='.9', height=.6)
     ax.plot([d.percentile(name) for name in names], range(len(names)), 'o')
-    ax.set_yticks(range(len(names)), [QUANTITIES[name].partition(' (')[0] for name in names], fontsize=7)
+    labels = [textwrap.fill(QUANTITIES[name].partition(' (')[0], 18) for name in names]
+    ax.set_yticks(range(len(names)), labels, fontsize=6)
     ax.set(title='Among recorded networks', xlabel='recorded networks with less (%)', xlim=(-2, 102))
     ax.invert_yaxis()
 
