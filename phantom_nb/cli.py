@@ -547,7 +547,8 @@ def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=No
             if value is not None: check(whole, name, value)
         check(_check_root, root)
         if not learner.is_file():
-            check.refuse(f"no learner at {str(learner)!r}: save one with learn.export('learner.pkl'), and give its file")
+            check.refuse(f"no learner at {str(learner)!r}: save one with learn.export('learner.pkl'), "
+                "and give its file")
     from phantom_nb.data import get_dls, load_dataset
     from phantom_nb.experiments.diagnose import diagnose
     from phantom_nb.experiments.diagnosis_page import save_diagnosis
@@ -558,10 +559,12 @@ def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=No
     own = images.x_valid is not None
     if own: dls = get_dls(images, device='cpu')
     held = dls.valid if own else dls.test
-    if not len(held.dataset): raise ValueError(f"{data} has no images but training images: add a folder test/ or valid/")
+    if not len(held.dataset):
+        raise ValueError(f"{data} has no images but training images: add a folder test/ or valid/")
     found = diagnose(learn, dls.train, held, n_train=n_train or len(images.x_train), title=f"{learner.name} on {data}")
     page,picture = save_diagnosis(found, out)
-    _say(console, f"Held-out images: {'validation' if own else 'test'} images of {data}. Do not choose between networks on them.")
+    _say(console, f"Held-out images: {'validation' if own else 'test'} images of {data}. Do not choose between "
+        "networks on them.")
     for finding in found.findings: _say(console, str(finding))
     _say(console, f"Page: {page}; picture: {picture}")
 

@@ -95,7 +95,8 @@ def test_every_type_and_scale_against_float64(n, d, form, dtype, power, zeros, s
     assert abs(e-f.mean()) <= 2*delta*slope.mean() + 8*eps*f.abs().mean()
 
 @settings(max_examples=100, deadline=None)
-@given(n=st.integers(2, 9), d=st.integers(1, 6), form=st.sampled_from(FORMS), dtype=st.sampled_from(list(DTYPES)), power=st.floats(-1, 1), seed=st.integers(0, 10**6))
+@given(n=st.integers(2, 9), d=st.integers(1, 6), form=st.sampled_from(FORMS),
+    dtype=st.sampled_from(list(DTYPES)), power=st.floats(-1, 1), seed=st.integers(0, 10**6))
 def test_degenerate_rows_in_any_order(n, d, form, dtype, power, seed):
     "Copies, opposites and zeros: finite, and the order of the rows does not matter"
     gen = torch.Generator().manual_seed(seed)

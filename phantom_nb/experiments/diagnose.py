@@ -102,7 +102,8 @@ def confused_pairs(
 GROUPS = {'up to 300':(0, 300), '300 to 3,000':(300, 3000), 'more than 3,000':(3000, math.inf)} # training images
 LEVELS = [0, 5, 10, 25, 50, 75, 90, 95, 100]
 QUANTITIES = dict(gap='training minus validation accuracy', ece='calibration error', similarity='similarity of classes',
-    margin='margin of look-alike classes', energy='energy of hidden neurons (random: 1)', sparsity='sparsity of activations',
+    margin='margin of look-alike classes', energy='energy of hidden neurons (random: 1)',
+    sparsity='sparsity of activations',
     dead='units that never respond', c3='c3, spread within classes by unit', c4='c4, spread within classes by layer',
     norm='norm of all weights')
 FROM_ROWS = dict(ece='valid_ece', similarity='valid_similarity', margin='valid_margin', energy='net_energy',
@@ -114,7 +115,8 @@ def reference_bands(
 )->dict: # group of `GROUPS` -> `networks`, `settings`, and quantity -> values at `LEVELS` percent
     "Condense recorded networks to bands, group by group (ours)."
     df = df[(df.status=='done') & df.net_c3.notna() & df.valid_accuracy.notna() & (df.label_noise==0)]
-    df = df.drop_duplicates('key').sort_values('key').groupby(['data','n_train','model'], sort=True).head(MOST_OF_A_SETTING)
+    df = df.drop_duplicates('key').sort_values('key').groupby(['data','n_train','model'],
+        sort=True).head(MOST_OF_A_SETTING)
     values = df[list(FROM_ROWS.values())].set_axis(list(FROM_ROWS), axis=1)
     values['gap'] = df.train_accuracy-df.valid_accuracy
     found = {}
@@ -134,7 +136,8 @@ def load_bands(
     file = files('phantom_nb')/BANDS if path is None else Path(path)
     if not file.is_file(): return {}
     table = json.loads(file.read_text(encoding='utf-8'))
-    def far(name): return 0 if GROUPS[name][0]<n_train<=GROUPS[name][1] else abs(math.log((GROUPS[name][0]+100)/n_train))
+    def far(name):
+        return 0 if GROUPS[name][0]<n_train<=GROUPS[name][1] else abs(math.log((GROUPS[name][0]+100)/n_train))
     name = min(table, key=far)
     return table[name]|dict(group=name)
 
@@ -155,7 +158,8 @@ class Finding:
     fact:str # a sentence
     advice:str = '' # a sentence, or nothing
 
-    def __str__(self): return f"{dict(stop='!!', do='! ', see='- ', well='ok')[self.kind]} {self.fact} {self.advice}".rstrip()
+    def __str__(self):
+        return f"{dict(stop='!!', do='! ', see='- ', well='ok')[self.kind]} {self.fact} {self.advice}".rstrip()
 
 @dataclass
 class Diagnosis:
@@ -202,8 +206,10 @@ def _held_out(model, batches, n_out):
     z,logits,y = embeddings_of(model, batches, n_out=n_out)
     half = torch.arange(len(y), device=y.device)%2==0
     T = best_temperature(logits[half], y[half])
-    told = _judged(logits, y)|dict(logits=logits.cpu(), y=y.cpu(), temperature=T, ece=calibration_error(logits, y).item(),
-        ece_before=calibration_error(logits[~half], y[~half]).item(), ece_after=calibration_error(logits[~half]/T, y[~half]).item())
+    told = _judged(logits, y)|dict(logits=logits.cpu(), y=y.cpu(), temperature=T,
+        ece=calibration_error(logits, y).item(),
+        ece_before=calibration_error(logits[~half], y[~half]).item(),
+        ece_after=calibration_error(logits[~half]/T, y[~half]).item())
     metrics = embedding_metrics(z, logits, y)
     return told,{name:metrics[name] for name in ('similarity','margin')}
 
@@ -215,7 +221,8 @@ def _recorded(learn):
         curves = pd.DataFrame([list(row)[:2] for row in recorder.values], columns=curves.columns)
     for cb in learn.cbs.filter(risinstance(Regularizer)):
         record = cb.to_frame()
-        if cb.kind=='penalty' and record.share.notna().any(): shares[cb.name] = (float(record.lam.max()), float(record.share.mean()))
+        if cb.kind=='penalty' and record.share.notna().any(): shares[cb.name] = (float(record.lam.max()),
+            float(record.share.mean()))
     return curves,shares
 
 # %% ../../nbs/experiments/diagnose.ipynb #1a7f3071
@@ -238,7 +245,8 @@ def diagnose(
         train,valid,model = train or learn.dls.train, valid or learn.dls.valid, learn.model
     else: model = learn
     for name,dl in dict(train=train, valid=valid).items():
-        if dl is None or not len(getattr(dl, 'dataset', [])): raise ValueError(f"{name}= has no images: give a loader with some")
+        if dl is None or not len(getattr(dl, 'dataset',
+            [])): raise ValueError(f"{name}= has no images: give a loader with some")
     device = next(model.parameters()).device
     def sample(dl, n): return [(x.to(device), y.to(device)) for x,y in sample_batches(dl, n)[0]]
     seen,held = sample(train, SAMPLE),sample(valid, n)
@@ -246,7 +254,8 @@ def diagnose(
     y = torch.cat([y for _,y in seen])
     table = intraclass_table(acts, y)
     names = [str(c) for c in classes or getattr(train, 'vocab', None) or range(outputs.shape[1])]
-    if len(names)!=outputs.shape[1]: raise ValueError(f"classes= has {len(names)} names, the network {outputs.shape[1]} outputs")
+    if len(names)!=outputs.shape[1]: raise ValueError(f"classes= has {len(names)} names, the network "
+        f"{outputs.shape[1]} outputs")
     judged,close = _held_out(model, held, len(names))
     train_told = _judged(outputs.float(), y)
     quantities = table.loc['network'].to_dict() | sparsity | close | dict(norm=weight_norm(model), ece=judged['ece'],
@@ -256,7 +265,8 @@ def diagnose(
     n_train = whole('n_train', len(train.dataset) if n_train is None else n_train)
     found = Diagnosis(names, n_train, train_told, judged, {q:quantities.get(q, math.nan) for q in QUANTITIES},
         table.drop('network'), measure_sparsity(model, seen), layer_weights(model),
-        confused_pairs(judged['logits'], judged['y'], names, images), pd.DataFrame() if curves is None else curves, shares,
+        confused_pairs(judged['logits'], judged['y'], names, images), pd.DataFrame() if curves is None else curves,
+        shares,
         load_bands(n_train), title or type(model).__name__)
     found.findings = judge_network(found)
     return found
@@ -285,10 +295,12 @@ def _learned(d):
     a,v,n = 100*d.train['accuracy'], 100*d.valid['accuracy'], d.valid['n']
     told = f"Accuracy is {a:.1f} % on training images and {v:.1f} ± {half_width(v/100, n):.1f} % on {n} held-out ones."
     if at_chance(d.train['accuracy'], d.train['n'], len(d.classes)):
-        return Finding('stop', told, f"Chance is {100/len(d.classes):.1f} %, and these images cannot tell it from guessing. Check labels, epochs and learning rate (lr_find).")
+        return Finding('stop', told, f"Chance is {100/len(d.classes):.1f} %, and these images cannot tell it from "
+            "guessing. Check labels, epochs and learning rate (lr_find).")
     gap = a-v
     if a<90 and gap<max(3, half_width(v/100, n)):
-        return Finding('do', told, "It does not fit its training images: train longer or take a larger network. A regularizer would hold it back more.")
+        return Finding('do', told, "It does not fit its training images: train longer or take a larger network. A "
+            "regularizer would hold it back more.")
     if gap<max(2, half_width(v/100, n)): return Finding('well', told, "The gap is within what these images can show.")
     return Finding('do', told, f"It over-fits by {gap:.1f} points.{_atlas_words(d)}")
 
@@ -297,7 +309,9 @@ def _atlas_words(d):
     try: effects = effects_near(Setting(len(d.classes), max(1, d.n_train/len(d.classes))), load_table())
     except FileNotFoundError: return ' Augmentation and more images help most.'
     good = [e for e in effects if e.recommended]
-    if not good: return ' Augmentation and more images help most; no regularizer is shown to bring half a point in settings like yours.'
+    if not good:
+        return (' Augmentation and more images help most; '
+            'no regularizer is shown to bring half a point in settings like yours.')
     told = ', '.join(f"{e.method} ({e.weight}; {e.mean:+.1f} points in the nearest settings)" for e in good[:2])
     return f' Augmentation and more images help most. Then try {told}.'
 
@@ -308,7 +322,8 @@ def _calibrated(d):
     told = f"It is wrong about how sure it is by {v['ece']:.2f} on average"
     if v['ece_before']-v['ece_after']<.02: return Finding('well', f"{told}, and a temperature does not mend that.")
     way = 'too sure' if v['temperature']>1 else 'not sure enough'
-    return Finding('do', f"{told}: it is {way}.", f"Divide its logits by {v['temperature']:.2f}: on images that did not choose this, "
+    return Finding('do', f"{told}: it is {way}.", f"Divide its logits by {v['temperature']:.2f}: on images that did "
+        "not choose this, "
         f"the error falls from {v['ece_before']:.2f} to {v['ece_after']:.2f}, and accuracy stays.")
 
 def _curved(d):
@@ -317,8 +332,10 @@ def _curved(d):
     loss = d.curves.valid_loss.astype(float).to_numpy()
     onset = overfit_onset(loss)
     if onset is None: return Finding('well', f"The validation loss did not rise in {len(loss)} epochs.")
-    return Finding('see', f"The validation loss is lowest at epoch {onset+1} of {len(loss)} ({loss[onset]:.2f}) and ends at {loss[-1]:.2f}.",
-        "If accuracy has not fallen since, that is too much sureness, which the temperature mends; if it has, train fewer epochs.")
+    return Finding('see', f"The validation loss is lowest at epoch {onset+1} of {len(loss)} ({loss[onset]:.2f}) and "
+        f"ends at {loss[-1]:.2f}.",
+        "If accuracy has not fallen since, that is too much sureness, which the temperature mends; if it has, train "
+        "fewer epochs.")
 
 def _mixed_up(d):
     "Which classes are taken for each other?"
@@ -335,22 +352,27 @@ def _died(d):
     dead = d.activations.dead[d.activations.dead>.1]
     if not len(dead): return None
     worst = dead.idxmax()
-    return Finding('see', f"In {len(dead)} of {len(d.activations)} layers more than a tenth of the units never respond to {d.train['n']} training images; "
-        f"most in {worst}: {100*dead[worst]:.0f} %.", "They cost time and learn nothing: a lower learning rate or batch normalisation avoids it.")
+    return Finding('see', f"In {len(dead)} of {len(d.activations)} layers more than a tenth of the units never respond "
+        f"to {d.train['n']} training images; "
+        f"most in {worst}: {100*dead[worst]:.0f} %.",
+        "They cost time and learn nothing: a lower learning rate or batch normalisation avoids it.")
 
 def _crowded(d):
     "Do neurons of a layer point the same way?"
     if not len(d.weights): return None
     worst = d.weights.energy.idxmax()
     if d.weights.energy[worst]<1.2: return None
-    return Finding('see', f"The neurons of {worst} are crowded: their energy is {d.weights.energy[worst]:.2f} times that of random directions "
-        f"(orthogonal: {d.weights.floor[worst]:.2f}).", "MHE spreads them; whether that brings accuracy is another question, see the page of that paper.")
+    return Finding('see', f"The neurons of {worst} are crowded: their energy is {d.weights.energy[worst]:.2f} times "
+        "that of random directions "
+        f"(orthogonal: {d.weights.floor[worst]:.2f}).",
+        "MHE spreads them; whether that brings accuracy is another question, see the page of that paper.")
 
 def _felt(d):
     "Are the penalties felt?"
     for name,(lam,share) in d.shares.items():
         told = f"{name} made up {share:.3f} of the gradient."
-        if share<FELT[0]: yield Finding('do', told, f"It is hardly felt: try lam={lam*FELT[0]*5/max(share, 1e-3):.2g}, for a share of about a tenth.")
+        if share<FELT[0]: yield Finding('do', told,
+            f"It is hardly felt: try lam={lam*FELT[0]*5/max(share, 1e-3):.2g}, for a share of about a tenth.")
         elif share>FELT[1]: yield Finding('do', told, f"It rules the training: try lam={lam/5:.2g}.")
         else: yield Finding('well', told)
 
@@ -361,7 +383,8 @@ def _unusual(d):
         if name in ('gap','ece','norm'): continue # judged above; a norm belongs to one size of network
         if not (place<5 or place>95): continue
         how = 'lower' if place<5 else 'higher'
-        yield Finding('see', f"{label[0].upper()+label[1:]} is {d.quantities[name]:.3g}, {how} than in 19 of 20 recorded networks "
+        yield Finding('see', f"{label[0].upper()+label[1:]} is {d.quantities[name]:.3g}, {how} than in 19 of 20 "
+            "recorded networks "
             f"({d.bands[name][1]:.3g} to {d.bands[name][-2]:.3g}).")
 
 # %% ../../nbs/experiments/diagnose.ipynb #36128491

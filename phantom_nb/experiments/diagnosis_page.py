@@ -47,7 +47,8 @@ def draw_calibration(
     low = min(.9*x.min(), .9*y.min())
     ax.plot([low,1], [low,1], color='.7', lw=1)
     ax.errorbar(x, y, error, fmt='o', ms=4, lw=1)
-    ax.set(title='How sure, how right', xlabel='mean probability of the answer', ylabel='share of right answers', ylim=(low, 1.02))
+    ax.set(title='How sure, how right', xlabel='mean probability of the answer', ylabel='share of right answers',
+        ylim=(low, 1.02))
 
 # %% ../../nbs/experiments/diagnosis_page.ipynb #7bb0a6d3
 def draw_confusions(
@@ -87,7 +88,8 @@ def draw_margins(
 def _layer_axis(ax, names):
     "Mark layers by their names, or by their order where there are many"
     few = len(names)<=12
-    ax.set_xticks(range(len(names)) if few else [0, len(names)-1], names if few else ['first','last'], rotation=40, ha='right', fontsize=7)
+    ax.set_xticks(range(len(names)) if few else [0, len(names)-1], names if few else ['first','last'], rotation=40,
+        ha='right', fontsize=7)
 
 def draw_energy(
     ax:plt.Axes, # axes to draw in
@@ -161,14 +163,20 @@ def plot_diagnosis(
     return fig
 
 # %% ../../nbs/experiments/diagnosis_page.ipynb #d5da4ba4
-STYLE = """body {font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; color: #222; background: #fff}
-h1 {font-size: 1.5rem} h2 {font-size: 1.15rem; margin-top: 2rem} table {border-collapse: collapse} td, th {padding: .2rem .8rem .2rem 0; text-align: left}
+STYLE = """body {font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem;
+    color: #222; background: #fff}
+h1 {font-size: 1.5rem} h2 {font-size: 1.15rem; margin-top: 2rem} table {border-collapse: collapse}
+td, th {padding: .2rem .8rem .2rem 0; text-align: left}
 li {margin: .5rem 0; padding-left: .6rem; border-left: .3rem solid #999; list-style: none} ul {padding: 0}
 .stop {border-color: #b00020} .do {border-color: #b85c00} .well {border-color: #007a55}
-.figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem} img {width: 100%; background: #fff}
-.table {overflow-x: auto} @media (prefers-color-scheme: dark) {body {color: #ddd; background: #1c1c1c} img {filter: brightness(.88)}}"""
-ALT = dict(curves='Training and validation loss by epoch', calibration='Share of right answers against mean probability',
-    confusions='Held-out images of classes that are taken for each other', margins='Histogram of margins, right and wrong answers',
+.figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem}
+img {width: 100%; background: #fff}
+.table {overflow-x: auto} 
+@media (prefers-color-scheme: dark) {body {color: #ddd; background: #1c1c1c} img {filter: brightness(.88)}}"""
+ALT = dict(curves='Training and validation loss by epoch',
+    calibration='Share of right answers against mean probability',
+    confusions='Held-out images of classes that are taken for each other',
+    margins='Histogram of margins, right and wrong answers',
     energy='Energy of the weights by layer', activations='Sparsity and dead units by layer',
     intraclass='c3 and c4 by layer', bands='Where each number lies among recorded networks')
 
@@ -190,22 +198,30 @@ def _rows(d):
         if not math.isfinite(value): continue
         place,band = d.percentile(name),d.bands.get(name)
         told = f"{band[LEVELS.index(5)]:.3g} to {band[LEVELS.index(95)]:.3g}" if band else '-'
-        yield f"<tr><td>{escape(label)}</td><td>{value:.3g}</td><td>{told}</td><td>{'-' if math.isnan(place) else f'{place:.0f}'}</td></tr>"
+        rank = '-' if math.isnan(place) else f'{place:.0f}'
+        yield f"<tr><td>{escape(label)}</td><td>{value:.3g}</td><td>{told}</td><td>{rank}</td></tr>"
 
 def diagnosis_html(
     d:Diagnosis # measured
 )->str: # a whole page
     "Write the diagnosis as HTML that needs nothing else (ours)."
     items = ''.join(f'<li class="{f.kind}"><b>{escape(f.fact)}</b> {escape(f.advice)}</li>' for f in d.findings)
-    figures = ''.join(f'<img alt="{ALT[name]}" src="data:image/png;base64,{_picture(draw, d)}">' for name,draw in panels_of(d).items())
-    compared = (f"Bands hold nine in ten of {d.bands['networks']} recorded networks, trained on {d.bands['group']} images: "
-        f"{'; '.join(d.bands['settings'])}. Other images may differ.") if d.bands else "No recorded networks to compare with."
+    figures = ''.join(f'<img alt="{ALT[name]}" src="data:image/png;base64,{_picture(draw, d)}">' for name,
+        draw in panels_of(d).items())
+    compared = (f"Bands hold nine in ten of {d.bands['networks']} recorded networks, trained on {d.bands['group']} "
+        "images: "
+        f"{'; '.join(d.bands['settings'])}. Other images may differ."
+        ) if d.bands else "No recorded networks to compare with."
     head = '<tr><th>quantity</th><th>here</th><th>recorded</th><th>percentile</th></tr>'
-    about = f"{d.n_train:,} training images, {len(d.classes)} classes. Looked at: {d.train['n']} training and {d.valid['n']} held-out images."
-    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<title>{escape(d.title)}: a diagnosis</title><style>{STYLE}</style></head><body><main><h1>{escape(d.title)}: a diagnosis</h1><p>{about}</p>'
+    about = (f"{d.n_train:,} training images, {len(d.classes)} classes. "
+        f"Looked at: {d.train['n']} training and {d.valid['n']} held-out images.")
+    return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width">'
+        f'<title>{escape(d.title)}: a diagnosis</title><style>{STYLE}</style></head><body><main><h1>{escape(d.title)}: '
+        f'a diagnosis</h1><p>{about}</p>'
         f'<h2>What stands out</h2><ul>{items}</ul><h2>What was seen</h2><div class="figures">{figures}</div>'
-        f'<h2>All numbers</h2><div class="table"><table>{head}{"".join(_rows(d))}</table></div><p>{escape(compared)}</p></main></body></html>')
+        '<h2>All numbers</h2><div '
+        f'class="table"><table>{head}{"".join(_rows(d))}</table></div><p>{escape(compared)}</p></main></body></html>')
 
 def save_diagnosis(
     d:Diagnosis, # measured
