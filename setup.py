@@ -20,4 +20,4 @@ setup(name=cfg['lib_name'], version=version, description=cfg['description'], key
     author=cfg['author'], author_email=cfg['author_email'], license=cfg['license'], long_description=readme,
     long_description_content_type='text/markdown', packages=find_packages(include=['phantom_nb', 'phantom_nb.*']),
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(), extras_require=extras,
-    entry_points=scripts, package_data={'phantom_nb':['*.mplstyle','*.json']})
+    entry_points=scripts, package_data={'phantom_nb':['*.mplstyle','*.json','*.pyi','py.typed']})

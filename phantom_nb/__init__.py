@@ -20,6 +20,7 @@ _HOMES = {
     'spectral_norm':'regularizers.smoothness', 'NormalizeAndProject':'regularizers.norms',
     'SparsityMonitor':'measures.sparsity_monitor', 'IntraclassMonitor':'measures.intraclass',
     'intraclass_report':'measures.intraclass', 'interclass_similarity':'measures.embeddings',
+    'diagnose':'experiments.diagnose', 'save_diagnosis':'experiments.diagnosis_page',
     'granulated_kendall':'measures.ranking', 'get_dls':'data', 'load_dataset':'data', 'create_model':'models',
     'Run':'experiments.runner', 'run_one':'experiments.runner', 'run_many':'experiments.runner',
     'load_results':'experiments.runner'}

@@ -29,8 +29,8 @@ def installed(wheel, tmp_path_factory):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert all(name.startswith(('phantom_nb/', 'phantom_nb-')) for name in names), names
-    kinds = {name.rpartition('.')[2] for name in names if name.startswith('phantom_nb/')}
-    assert kinds=={'py','json','mplstyle'}, kinds
+    kinds = {name.rpartition('.')[2] for name in names if name.startswith('phantom_nb/')} - {'typed'}
+    assert kinds=={'py','pyi','json','mplstyle'}, kinds
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT/'phantom_nb').rglob('*.py')}
     assert modules<=set(names), modules-set(names)
     assert wheel.stat().st_size<1e6

@@ -1,0 +1,37 @@
+# Made by tests/test_types.py; names are imported when they are asked for, which type checkers cannot see.
+__version__: str
+from .plain import attach as attach
+from .contract import check_regularizer as check_regularizer
+from .core import Regularizer as Regularizer
+from .core import ActivationRegularizer as ActivationRegularizer
+from .regularizers.energy import MHE as MHE
+from .regularizers.comhe import CoMHE as CoMHE
+from .regularizers.energy import hyperspherical_energy as hyperspherical_energy
+from .regularizers.phantom import PhantomEmbeddings as PhantomEmbeddings
+from .regularizers.phantoms import phantom_loss as phantom_loss
+from .regularizers.sparsity import TargetedSparsity as TargetedSparsity
+from .measures.sparsity import activation_sparsity as activation_sparsity
+from .regularizers.flatness import SAM as SAM
+from .regularizers.flatness import AMP as AMP
+from .regularizers.semantic import ISDA as ISDA
+from .regularizers.activations import AL2 as AL2
+from .regularizers.orthogonality import Orthogonality as Orthogonality
+from .regularizers.orthogonality import orthogonality as orthogonality
+from .regularizers.smoothness import GradientPenalty as GradientPenalty
+from .regularizers.smoothness import SpectralPenalty as SpectralPenalty
+from .regularizers.smoothness import spectral_norm as spectral_norm
+from .regularizers.norms import NormalizeAndProject as NormalizeAndProject
+from .measures.sparsity_monitor import SparsityMonitor as SparsityMonitor
+from .measures.intraclass import IntraclassMonitor as IntraclassMonitor
+from .measures.intraclass import intraclass_report as intraclass_report
+from .measures.embeddings import interclass_similarity as interclass_similarity
+from .experiments.diagnose import diagnose as diagnose
+from .experiments.diagnosis_page import save_diagnosis as save_diagnosis
+from .measures.ranking import granulated_kendall as granulated_kendall
+from .data.loaders import get_dls as get_dls
+from .data.readers import load_dataset as load_dataset
+from .models import create_model as create_model
+from .experiments.run import Run as Run
+from .experiments.runner import run_one as run_one
+from .experiments.runner import run_many as run_many
+from .experiments.store import load_results as load_results
