@@ -46,6 +46,9 @@ class Page(HTMLParser):
 def pages(site): return {p.relative_to(site).as_posix():Page(p) for p in site.rglob('*.html')}
 
 
+def test_the_readme_is_short():
+    assert len((ROOT/'README.md').read_text(encoding='utf-8').splitlines())<=120, 'move what is long to pages of its own'
+
 def test_every_notebook_is_a_page(pages): assert PAGES.keys()<=pages.keys()
 
 def test_links_and_anchors_lead_somewhere(site, pages):
