@@ -219,6 +219,10 @@ def _check_root(root):
     if root is None or root.expanduser().is_dir(): return
     raise ValueError(f"root={str(root)!r} is not a folder")
 
+def _check_saved(learner):
+    if learner.is_file(): return
+    raise ValueError(f"no learner at {str(learner)!r}: save one with learn.export('learner.pkl'), and give its file")
+
 def _check_folder(name, folder):
     "Refuse a folder that cannot be written, before anything is computed for it"
     found = folder.expanduser().absolute()
@@ -494,9 +498,7 @@ def measure(learner:Saved, data:Data='digits', n:Sample=None, size:Size=None, pl
         if n is not None: check(whole, 'n', n, 2)
         if size is not None: check(whole, 'size', size, 1)
         check(_check_root, root)
-        if not learner.is_file():
-            remedy = "save one with learn.export('learner.pkl'), and give its file"
-            check.refuse(f"no learner at {str(learner)!r}: {remedy}")
+        check(_check_saved, learner)
         if not plot.parent.is_dir(): check.refuse(f"{str(plot)!r}: the folder does not exist, make it first")
     from phantom_nb.experiments.learner import loaders_for, open_learner
     from phantom_nb.experiments.report import save_figure
@@ -546,9 +548,7 @@ def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=No
         for name,value in dict(size=size, n_train=n_train).items():
             if value is not None: check(whole, name, value)
         check(_check_root, root)
-        if not learner.is_file():
-            check.refuse(f"no learner at {str(learner)!r}: save one with learn.export('learner.pkl'), "
-                "and give its file")
+        check(_check_saved, learner)
     from phantom_nb.data import get_dls, load_dataset
     from phantom_nb.experiments.diagnose import diagnose
     from phantom_nb.experiments.diagnosis_page import save_diagnosis

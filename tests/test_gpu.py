@@ -1,11 +1,13 @@
 "The list of what waits for a GPU: what is done, and what is written"
+import shutil
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
 import pandas as pd, pytest
 from rich.console import Console
 
-from phantom_nb.experiments import gpu
+from phantom_nb.experiments import gpu, runner
 from phantom_nb.experiments.store import load_results, write_rows
 from phantom_nb.experiments.sweep import load_sweep
 
@@ -32,6 +34,18 @@ def test_a_part_replaces_nothing(folder, monkeypatch):
     monkeypatch.setattr(gpu, 'run_sweep', lambda *args, **kwargs: (part, pd.DataFrame()))
     assert not gpu.run_piece(PIECE, folder, Console(file=StringIO()))
     assert (folder/'small.jsonl').read_text() == before
+
+def test_another_machine_goes_on_from_the_recorded_rows(folder, monkeypatch):
+    gpu.run_piece(PIECE, folder, Console(file=StringIO()))
+    rows = load_results(folder/'small.jsonl')
+    write_rows(rows.iloc[:3], folder/'small.jsonl')
+    shutil.rmtree(folder/'.gpu')
+    trained = []
+    train_run = runner.train_run
+    monkeypatch.setattr(runner, 'train_run', lambda run, *args, **kwargs: trained.append(run.key) or train_run(run, *args, **kwargs))
+    monkeypatch.setattr(gpu, 'run_sweep', partial(gpu.run_sweep, jobs=1))
+    assert gpu.run_piece(PIECE, folder, Console(file=StringIO()))
+    assert trained==[rows.key.iloc[3]] and len(load_results(folder/'small.jsonl'))==4
 
 def test_benchmarks_are_done_when_there_are_rows(tmp_path, monkeypatch):
     piece = gpu.PIECES['step']

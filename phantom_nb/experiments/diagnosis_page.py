@@ -86,7 +86,8 @@ def draw_margins(
 
 # %% ../../nbs/experiments/diagnosis_page.ipynb #71980216
 def _layer_axis(ax, names):
-    "Mark layers by their names, or by their order where there are many"
+    "Mark layers by their names, or by their order where there are many; the legend above"
+    ax.legend(loc='lower left', bbox_to_anchor=(0, 1.12), ncols=2, borderaxespad=0)
     few = len(names)<=12
     ax.set_xticks(range(len(names)) if few else [0, len(names)-1], names if few else ['first','last'], rotation=40,
         ha='right', fontsize=7)
@@ -100,7 +101,6 @@ def draw_energy(
     ax.plot(d.weights.floor.to_numpy(), '_', color='.5', ms=9, label='orthogonal')
     ax.axhline(1, color='.7', lw=1)
     ax.set(title='Energy of the weights', ylabel='random directions: 1')
-    ax.legend(loc='lower left', bbox_to_anchor=(0, 1.12), ncols=2, borderaxespad=0)
     _layer_axis(ax, d.weights.index)
 
 def draw_activations(
@@ -111,7 +111,6 @@ def draw_activations(
     ax.plot(d.activations.units.to_numpy(), 'o-', label='sparsity over units')
     ax.plot(d.activations.dead.to_numpy(), 's-', ms=3, label='never respond')
     ax.set(title='Activations', ylabel='share', ylim=(-.02, 1))
-    ax.legend(loc='lower left', bbox_to_anchor=(0, 1.12), ncols=2, borderaxespad=0)
     _layer_axis(ax, d.activations.index)
 
 def draw_intraclass(
@@ -121,7 +120,6 @@ def draw_intraclass(
     "Draw c3 and c4 by layer (Carbonnelle 2021)."
     for name,style in dict(c3='o-', c4='s-').items(): ax.plot(d.layers[name].to_numpy(), style, ms=4, label=name)
     ax.set(title='Spread within classes', ylabel='relative to all images', ylim=(0, None))
-    ax.legend(loc='lower left', bbox_to_anchor=(0, 1.12), ncols=2, borderaxespad=0)
     _layer_axis(ax, d.layers.index)
 
 # %% ../../nbs/experiments/diagnosis_page.ipynb #a3dd2ef7

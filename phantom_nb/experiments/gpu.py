@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ..checks import one_of
 from .bench import BENCHES
-from .store import load_results, save_results, write_rows
+from .store import load_results, restore_rows, save_results, write_rows
 from .sweep import load_sweep, run_sweep
 from .timing import bench_step
 
@@ -37,7 +37,9 @@ PIECES = [Piece('tests', "tests marked gpu", 'tests', 'gpu'),
     Piece('photos', "photos, fine-tuned from ImageNet", 'sweep', 'photos'),
     Piece('lazy', "does a penalty at every k-th step cost accuracy", 'sweep', 'lazy'),
     Piece('hyperspherical', "the energies against their rivals, tuned alike", 'sweep', 'hyperspherical-fair'),
+    Piece('cnn9', "the energies by their authors' protocol, CIFAR-10", 'sweep', 'hyperspherical-cnn9'),
     Piece('phantom', "the forms of phantoms side by side", 'sweep', 'phantom-forms'),
+    Piece('temperature', "the temperature of phantoms, on fresh seeds", 'sweep', 'phantom-temperature'),
     Piece('intraclass', "which measure predicts generalization", 'sweep', 'intraclass'),
     Piece('sparsity', "targeted sparsity against its rivals, on a common grid", 'sweep', 'sparsity-fair'),
     Piece('curves', "the same, epoch by epoch", 'sweep', 'sparsity-curves'),
@@ -86,8 +88,9 @@ def run_piece(
     if piece.kind=='bench':
         write_rows((bench_step if piece.target=='step' else BENCHES[piece.target])(), path)
         return True
-    sweep = load_sweep(folder/f'{piece.target}.toml')
-    rows,trials = run_sweep(sweep, folder/'.gpu'/piece.name, time_budget=60*MINUTES)
+    sweep,work = load_sweep(folder/f'{piece.target}.toml'),folder/'.gpu'/piece.name
+    restore_rows(path, work/'runs') # another machine's, perhaps
+    rows,trials = run_sweep(sweep, work, time_budget=60*MINUTES)
     recorded = len(load_results(path)) if path.exists() else 0
     if len(rows)>=max(1, recorded): # a part never replaces what is recorded of the whole
         save_results(rows, path)

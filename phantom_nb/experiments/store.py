@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'run_file', 'row_digest', 'row_text', 'write_row', 'write_rows', 'save_results', 'recorded_row',
-           'read_lines', 'load_results']
+           'read_lines', 'load_results', 'restore_rows']
 
 # %% ../../nbs/experiments/store.ipynb #dab816cd
 import hashlib, json, math, os, tempfile, warnings
@@ -101,7 +101,6 @@ def _read_row(text):
     try: row = json.loads(text)
     except ValueError: return None, "is cut short or no JSON"
     if not isinstance(row, dict): return None, "is no result"
-    row.pop('check', None) # of an older form of the digest, which tables did not keep
     digest = row.pop('digest', None)
     if digest not in (None, row_digest(row)): return None, "was changed after it was written"
     return row, ''
@@ -152,3 +151,12 @@ def load_results(
         for file in sorted(path.rglob('*.jsonl')): rows += read_lines(file)
     first = {row['key']:row for row in reversed(rows) if 'key' in row}
     return pd.DataFrame(list(first.values())[::-1], columns=None if first else [f.name for f in fields(Run)])
+
+def restore_rows(
+    path:str|Path, # .jsonl file; nothing happens if it is not there
+    store:str|Path # folder of results
+):
+    "Lay the rows of a file out in a store, so that their runs are not trained again (ours)."
+    for row in read_lines(path) if Path(path).exists() else []:
+        file = Path(store)/f"{row['method']}-{row['seed']}-{row['key']}.json" # as `run_file` says
+        if not file.exists(): write_row(file, row)

@@ -309,7 +309,9 @@ def run_sweep(
     **kwargs # `engine`, `jobs`, `device`, `retries` and `address`, see `spread`
 )->tuple: # frame of the judged rows, frame of the trials (empty without tuning)
     "Run what is not recorded yet of an experiment, and return what is; keep it after an interrupt too (ours)."
+    from phantom_nb.experiments.store import restore_rows
     folder = Path(folder)
+    if not (folder/'runs').exists(): restore_rows(folder/'results.jsonl', folder/'runs')
     end = math.inf if time_budget is None else time.time()+time_budget
     try: rows,trials = _run_parts(sweep, folder, end, root, on_row, on_study, **kwargs)
     except KeyboardInterrupt: # with no time left, what is recorded is read and nothing is trained

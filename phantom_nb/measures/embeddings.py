@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['n_outputs', 'is_pointwise', 'find_head', 'as_embeddings', 'apply_head', 'watch_head', 'embeddings_of', 'check_batch',
-           'directions', 'masked_mean', 'class_means', 'pair_cosines', 'interclass_similarity',
+           'directions', 'masked_mean', 'class_members', 'class_means', 'pair_cosines', 'interclass_similarity',
            'nearest_class_similarity', 'within_class_share', 'class_margins', 'lookalike_pairs', 'lookalike_margin',
            'embedding_metrics']
 
@@ -177,6 +177,13 @@ def masked_mean(
     return torch.where(ok, x, 0).sum()/ok.sum().clamp_min(1)
 
 # %% ../../nbs/measures/embeddings.ipynb #f09ecdff
+def class_members(
+    y:Tensor, # (N,) classes; negative ones belong to none
+    n_classes:int # C
+)->Tensor: # (C,N) bool
+    "Say which samples are in which class, without waiting for a GPU (ours)."
+    return y==torch.arange(n_classes, device=y.device)[:,None]
+
 def class_means(
     z:Tensor, # (N,D) embeddings
     y:Tensor, # (N,) classes; negative ones are left out
@@ -185,7 +192,7 @@ def class_means(
     "Average the embeddings of every class; raise a `ValueError` for wrong shapes (equation 1, left)."
     z,y = check_batch(z, y)
     if n_classes is None: n_classes = int(y.max())+1 if len(y) else 0
-    mine = y==torch.arange(n_classes, device=z.device)[:,None]
+    mine = class_members(y, n_classes)
     weights = mine.to(z.dtype)
     return weights/weights.sum(1, keepdim=True).clamp_min(1e-12)@z, mine.any(1)
 

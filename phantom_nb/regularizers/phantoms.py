@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import number, one_of, whole
-from ..measures.embeddings import check_batch, directions, masked_mean, pair_cosines
+from ..measures.embeddings import check_batch, class_members, directions, masked_mean, pair_cosines
 
 # %% ../../nbs/regularizers/phantoms.ipynb #5704a0db
 MODES = ('mix','contrast','margin','separate','pull','pairs')
@@ -65,7 +65,7 @@ def class_counts(
 )->Tensor: # (C,B) in [0,1]
     "Count how much every sample belongs to every class (ours)."
     if y.ndim==2: return y.T
-    return (y==torch.arange(n_classes, device=y.device)[:,None]).to(dtype)
+    return class_members(y, n_classes).to(dtype)
 
 # %% ../../nbs/regularizers/phantoms.ipynb #63f8d225
 def _average(counts, k=None, keys=None):

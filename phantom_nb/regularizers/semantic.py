@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import ActivationRegularizer
 from ..kinds import ReplacedLoss
-from ..measures.embeddings import as_embeddings, find_head
+from ..measures.embeddings import as_embeddings, class_members, find_head
 
 # %% ../../nbs/regularizers/semantic.ipynb #b843e175
 def isda_logits(
@@ -40,7 +40,7 @@ def isda_logits(
 # %% ../../nbs/regularizers/semantic.ipynb #1838482b
 def _batch_moments(z, y, n_classes, diagonal):
     "Count, mean and covariance of each class in a batch"
-    member = (y==torch.arange(n_classes, device=y.device)[:,None]).to(z) # (C,B); `bincount` would wait for the GPU
+    member = class_members(y, n_classes).to(z) # (C,B); `bincount` would wait for the GPU
     count = member.sum(1)
     share = member/count.clamp_min(1)[:,None]
     mean = share@z
