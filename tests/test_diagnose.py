@@ -49,6 +49,7 @@ def test_the_page_holds_everything_in_itself(trained, tmp_path):
     assert '<b>mine</b>' not in text and not re.findall(r'(?:src|href)="(?!data:)', text)
     assert text.count('<img alt="')==len(panels_of(found)) and len(text)<1_500_000 and picture.stat().st_size>1000
 
+@pytest.mark.processes # alone, for its time
 def test_under_a_minute_for_resnet18():
     start = time.perf_counter()
     found = diagnose(create_model('resnet18', n_in=3, n_out=4, size=32), *loaders(1000, size=32))
