@@ -63,6 +63,10 @@ def test_links_and_anchors_lead_somewhere(site, pages):
             elif anchor and to in pages and unquote(anchor) not in pages[to].ids: dead.append((name, href))
     assert not dead, dead
 
+def test_links_are_whole(site):
+    "A name in backticks becomes a link by itself: inside brackets it spoils the link around it"
+    assert not [page.name for page in site.rglob('*.html') if '</a>](' in page.read_text()]
+
 def test_pictures_are_there(site, pages):
     for name,page in pages.items():
         for src in page.images:
