@@ -85,7 +85,7 @@ def test_constraints_pin_every_requirement():
 
 def test_nothing_names_a_machine():
     "No home folders, temporary paths or private registries in what is published."
-    bad = re.compile(r'/(root|home|Users)/\w|/tmp/\w|index-url|\bfile://')
+    bad = re.compile(r'/(root|home|Users)/\w|/tmp/\w|index-url|\bfile://|site-packages/')
     for f in project_files():
         if f.endswith(('.npz','.png')) or f==f'tests/{Path(__file__).name}': continue
         text = (ROOT/f).read_text(encoding='utf-8', errors='ignore')
