@@ -1,9 +1,13 @@
 "Build the docs site from the notebooks, without Quarto and without running them; a broken link is an error."
 import os, re, shutil, sys
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
+from urllib.parse import unquote
 
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
+from PIL import Image
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
@@ -43,6 +47,22 @@ def link_methods(docs):
         text = p.read_text(encoding='utf-8')
         p.write_text(re.sub(r'href="([^":#]*)#([\w-]+)(\.[\w.-]+)"', lead, text), encoding='utf-8')
 
+def open_menus(docs):
+    "Let the keyboard open the sections of the sidebar: smalldocs makes them links that lead nowhere."
+    for p in docs.rglob('*.html'):
+        text = p.read_text(encoding='utf-8')
+        p.write_text(re.sub(r'data-bs-target="(#[^"]+)" role="navigation"', r'data-bs-target="\1" href="\1" role="button"', text), encoding='utf-8')
+
+def size_images(docs):
+    "Give each picture its width and height: the text below it does not move when it is drawn."
+    for p in docs.rglob('*.html'):
+        def sized(m):
+            if m[1].startswith('http'): return m[0]
+            file = BytesIO(b64decode(m[1].partition(',')[2])) if m[1].startswith('data:') else p.parent/unquote(m[1])
+            with Image.open(file) as image: return '{} width="{}" height="{}"'.format(m[0], *image.size)
+        text = p.read_text(encoding='utf-8')
+        p.write_text(re.sub(r'<img (?![^>]* width=")[^>]*?\bsrc="([^"]+)"', sized, text), encoding='utf-8')
+
 def drop_fonts(docs):
     "Take the themes' fonts from the reader's machine: nothing is loaded from elsewhere before the first paint."
     for p in (docs/'site_libs').rglob('*.css'):
@@ -65,6 +85,8 @@ def make_site(root):
         write_source(root, docs)
         link_source(docs)
     link_methods(docs)
+    open_menus(docs)
+    size_images(docs)
     drop_fonts(docs)
     print(f'{len(site.pages)} pages in {docs.name}')
     return docs

@@ -203,9 +203,15 @@ def test_results_are_shown_with_their_direction():
     assert table.verdict.xs('down', level='method').item()=='better' and 'Lower similarity counts as better.' in text and '(lower is better)' in text
     with pytest.raises(ValueError, match="baseline='non'.*did you mean 'none'"): show_results(df, console, metric='similarity', baseline='non')
 
-def test_front_figure(tmp_path):
-    axs = front_figure(RESULTS, tmp_path/'front.png', methods=['none','mixup'])
-    assert axs.shape==(2,2) and (tmp_path/'front.png').stat().st_size>10_000 and 'none' in tick_names(axs[1,0]).values()
+def test_the_front_figure_draws_every_setting_and_says_what_was_not_run(tmp_path):
+    some = dict(a=dict(diff=2., error=.2), b=dict(diff=-.02, error=.1))
+    table = dict(settings={name:dict(about=f'setting {name}') for name in 'ab'},
+        methods=dict(good=dict(helps='yes', effects=some), other=dict(helps='unclear', effects=dict(a=dict(diff=.3, error=.3)))))
+    axs = front_figure(table, tmp_path/'front.png')
+    words = [[text.get_text() for text in ax.texts] for ax in axs.flat]
+    assert axs.shape==(1,2) and words==[['+0.3','+2.0'], ['not run','+0.0']] and (tmp_path/'front.png').stat().st_size>5000
+    assert [ax.get_title(loc='left') for ax in axs.flat]==['setting a','setting b'] and list(tick_names(axs[0,0]).values())==['other','good']
+    assert axs[0,0].lines[-1].get_color()==BETTER
 
 def test_one_style():
     nbs = Path(__file__).parent.parent/'nbs'/'house.mplstyle'
