@@ -195,7 +195,7 @@ def test_energies_layer_by_layer(o):
 @pytest.mark.parametrize('kind', ['angle', 'adversarial'])
 def test_learned_projections_follow_the_authors_loop(kind, share):
     "`steps` SGD updates with decay on the sum over the layers that share P, then the unrolled one"
-    cb = CoMHE(kind, k=10, steps=3, share_basis=share, eps=1e-4, layers=['f','g','fc'])
+    cb = CoMHE(kind, k=10, steps=3, unrolled=True, share_basis=share, eps=1e-4, layers=['f','g','fc'])
     cb.p_wd = 1e-2
     learn = learner(Odd(), cb, lr=0.)
     fit(learn)
@@ -314,14 +314,28 @@ def test_learned_projections_lower_the_energy():
     "What is learned goes the other way than the adversary, and the gradient does not go through the step"
     ends = {}
     for kind in ('learned','adversarial'):
-        cb = CoMHE(kind, k=4, unrolled=False, first_layer='skip', output_layer='skip', seed=1)
+        cb = CoMHE(kind, k=4, first_layer='skip', output_layer='skip', seed=1)
         fit(learner(Odd(), cb, lr=0.))
         before = cb.penalty().item()
         for _ in range(20):
             cb.steps += 1
             after = cb.penalty().item()
         ends[kind] = after-before
-    assert ends['learned']<0<ends['adversarial'] and not CoMHE('learned').unrolled and CoMHE('adversarial').unrolled
+    assert ends['learned']<0<ends['adversarial']
+
+@pytest.mark.parametrize('kind', ['angle','adversarial','learned'])
+def test_alternating_penalty_holds_its_projections_fixed(kind):
+    "The gradient is that of the projected energy at the projection which the update gave; the authors' goes through one more"
+    cb = CoMHE(kind, k=4, first_layer='skip', output_layer='skip', eps=1e-4)
+    fit(learner(Odd(), cb, lr=0.))
+    cb.penalty()
+    w = [m.weight for name,m in cb.selected.items() if cb.roles[name]=='project']
+    found = torch.autograd.grad(cb.penalty(), w)
+    ps = {name:cb.basis[stack][i] for stack,names in cb.stacks.items() if stack.role=='project' for i,name in enumerate(names)}
+    terms = [projected_energy(weight_view(cb.selected[name]), p, half_space=True, eps=1e-4) for name,p in ps.items()]
+    fixed = torch.autograd.grad(sum(terms), w)
+    assert all(torch.allclose(a, b, atol=1e-6) for a,b in zip(found, fixed))
+    assert not CoMHE(kind).unrolled and (kind=='learned' or CoMHE.paper(kind).unrolled)
 
 def test_projections_by_width():
     "The authors' pnd: a projection for so many neurons"
@@ -377,7 +391,7 @@ def test_callback_refuses_at_construction(o, what):
 def test_nothing_to_project_is_refused():
     with pytest.raises(ValueError, match=r'k=100: no layer to project.*\[9, 36, 8'): fit(learner(Odd(), CoMHE(k=100)))
 
-SETTINGS = [dict(projection='random', m=3, redraw=3, reduce='max'), dict(projection='angle', unrolled=False, k=5, m=2, share_basis=True, output_layer='project'),
+SETTINGS = [dict(projection='random', m=3, redraw=3, reduce='max'), dict(projection='angle', unrolled=True, k=5, m=2, share_basis=True, output_layer='project'),
     dict(projection='adversarial', steps=2, redraw=3, first_layer='project', k=8), dict(projection='group', reduce='max', m=2, redraw=2), dict(projection='expected'),
     dict(projection='learned', per_neurons=2)]
 @pytest.mark.parametrize('o', SETTINGS, ids=str)

@@ -20,8 +20,8 @@ from .projections import split_coordinates
 
 # %% ../../nbs/regularizers/comhe.ipynb #c8cd5519
 DEFAULTS = dict(random=dict(k=40, m=1, redraw=1, steps=0), expected=dict(k=40, m=1, redraw=0, steps=0),
-    angle=dict(k=30, m=1, redraw=0, steps=1, unrolled=True), group=dict(k=9, m=8, redraw=1, steps=0),
-    adversarial=dict(k=30, m=1, redraw=0, steps=1, unrolled=True), learned=dict(k=30, m=1, redraw=0, steps=1))
+    group=dict(k=9, m=8, redraw=1, steps=0), angle=dict(k=30, m=1, redraw=0, steps=1),
+    adversarial=dict(k=30, m=1, redraw=0, steps=1), learned=dict(k=30, m=1, redraw=0, steps=1))
 ROLES = 'project','half','full','skip'
 
 class CoMHE(MHE):
@@ -35,7 +35,7 @@ class CoMHE(MHE):
         m:int|None=None, # projections of a layer, >= 1; or groups that are drawn, 0 for all of them
         redraw:int|None=None, # steps from one random draw to the next, >= 0; 0 for never
         steps:int|None=None, # updates of a learned projection a step, >= 0
-        unrolled:bool|None=None, # one more update inside the penalty, for projections with `steps`
+        unrolled:bool=False, # one more update inside the penalty, for projections with `steps`
         per_neurons:int=0, # `m` is neurons // this (the authors' pnd), >= 0; 0 for `m`
         reduce:str='mean', # over the m projections: 'mean' or 'max'
         share_basis:bool=False, # layers of equal fan-in share their projections
@@ -45,11 +45,10 @@ class CoMHE(MHE):
         seed:int=0, # of the generator that projections and groups are drawn from, >= 0
         half_space:bool=True, # half-space energy for hidden layers
         **kwargs # s, angular, hidden, output, eps, every and layers of `MHE`
-    ): # k, m, redraw, steps and unrolled: None as in `DEFAULTS`
+    ): # k, m, redraw and steps: None as in `DEFAULTS`
         super().__init__(lam, half_space=half_space, **kwargs)
-        defaults = dict(unrolled=False) | DEFAULTS[one_of('projection', projection, DEFAULTS)]
-        given = dict(k=k, m=m, redraw=redraw, steps=steps, unrolled=unrolled)
-        k,m,redraw,steps,unrolled = [defaults[name] if value is None else value for name,value in given.items()]
+        given = {name:value for name,value in dict(k=k, m=m, redraw=redraw, steps=steps).items() if value is not None}
+        k,m,redraw,steps = (DEFAULTS[one_of('projection', projection, DEFAULTS)] | given).values()
         store_attr('projection,unrolled,reduce,share_basis,first_layer,output_layer,p_lr,seed')
         one_of('reduce', reduce, REDUCE)
         one_of('first_layer', first_layer, ROLES)
@@ -87,7 +86,8 @@ class CoMHE(MHE):
         **kwargs # further options of `CoMHE`
     ): # the callback
         "Make `CoMHE` as the authors ran it: their epsilon, number of projections and rate (rmlin/CoMHE at 4ac9898)."
-        theirs = dict(random=dict(m=20, share_basis=True), adversarial=dict(steps=10), group=dict(m=0, redraw=0))
+        theirs = dict(random=dict(m=20, share_basis=True), group=dict(m=0, redraw=0), angle=dict(unrolled=True),
+            adversarial=dict(steps=10, unrolled=True))
         return cls(projection, lam, **{'eps':1e-4, 'p_lr':None, **theirs.get(projection, {}), **kwargs})
 
     # Before a fit
@@ -237,7 +237,8 @@ class CoMHE(MHE):
         advance:bool # go on to the projections of the next step first
     )->dict: # Stack -> (l,m,g,n,k) neurons that the energy is taken of
         "Project the stacks whose role it is."
-        cs = [cosines(w, self.eps) for w in ws.values()] if self.projection=='angle' else None
+        with torch.set_grad_enabled(self.unrolled and torch.is_grad_enabled()): # else no gradient comes to them
+            cs = [cosines(w, self.eps) for w in ws.values()] if self.projection=='angle' else None
         if advance: self.advance(ws, cs)
         if self.projection=='expected': return {stack:w[:,None] for stack,w in ws.items()}
         if self.projection=='group':
