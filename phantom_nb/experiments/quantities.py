@@ -16,9 +16,11 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from ..checks import number, whole
 from ..core import select_layers, weight_view
+from ..floats import wide
 from ..hooks import evaluating
 from ..measures.capture import capture_with_outputs
 from ..measures.clustering import intraclass_table
+from ..measures.embeddings import check_classes
 from ..measures.sparsity import ActivationWatch, activation_sparsity
 from ..regularizers.energy import hyperspherical_energy
 
@@ -48,10 +50,11 @@ def calibration_error(
     y:Tensor, # (N,) classes
     bins:int=15 # equally wide, >= 1
 )->Tensor: # scalar in [0,1]; 0: as sure as it is right; NaN for logits that are
-    "Compute the expected calibration error of the most likely class (Guo et al. 2017; eq. 2)."
+    "Compute the expected calibration error of the most likely class; `ValueError` for a wrong one (Guo 2017; eq. 2)."
     whole('bins', bins, 1)
-    sure,guess = logits.float().softmax(1).max(1)
-    gap = sure-(guess==y).float()
+    check_classes(y, logits.shape[1], negative=False)
+    sure,guess = wide(logits).softmax(1).max(1)
+    gap = sure-(guess==y).to(sure.dtype)
     which = (sure*bins).nan_to_num().long().clamp(0, bins-1)
     return gap.new_zeros(bins).index_add_(0, which, gap).abs().sum()/len(y)
 

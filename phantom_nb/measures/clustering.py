@@ -16,13 +16,14 @@ import numpy as np, pandas as pd, torch
 from torch import Tensor
 
 from ..checks import one_of, whole
+from ..floats import full_float32
 
 # %% ../../nbs/measures/clustering.ipynb #2494224d
 def _exact(f):
-    "Run `f` without gradient and autocast on the device of its first argument"
+    "Run `f` without gradient, autocast and products of lower precision on the device of its first argument"
     @wraps(f)
     def exact(x, *args, **kwargs):
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False): return f(x, *args, **kwargs)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_float32(): return f(x, *args, **kwargs)
     return exact
 
 # %% ../../nbs/measures/clustering.ipynb #e64b8708

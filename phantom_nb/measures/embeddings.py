@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['n_outputs', 'is_pointwise', 'find_head', 'as_embeddings', 'apply_head', 'watch_head', 'embeddings_of', 'check_batch',
-           'directions', 'masked_mean', 'class_members', 'class_means', 'pair_cosines', 'interclass_similarity',
-           'nearest_class_similarity', 'within_class_share', 'class_margins', 'lookalike_pairs', 'lookalike_margin',
-           'embedding_metrics']
+           'refuse_if', 'check_classes', 'directions', 'masked_mean', 'class_members', 'class_means', 'pair_cosines',
+           'interclass_similarity', 'nearest_class_similarity', 'within_class_share', 'class_margins',
+           'lookalike_pairs', 'lookalike_margin', 'embedding_metrics']
 
 # %% ../../nbs/measures/embeddings.ipynb #1ff661c4
 import math
@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..checks import number
 from ..core import matches, select_layers
+from ..floats import unit, wide
 from ..hooks import catch, evaluating, unwrap
 
 # %% ../../nbs/measures/embeddings.ipynb #5bd103ca
@@ -160,14 +161,35 @@ def check_batch(
     if y.shape!=z.shape[:1] or y.is_floating_point():
         raise ValueError(f"y has shape {tuple(y.shape)} and type {y.dtype}: give the class of each of {len(z)} samples "
             "as a whole number")
-    return (z if z.dtype==torch.float64 else z.float()), y.long()
+    return wide(z), y.long()
+
+def refuse_if(
+    wrong:Tensor, # bool
+    message:Callable|str # what to say, or a function that says it
+)->None:
+    "Raise a `ValueError` if any is wrong; a GPU stops the program itself when it sees it, which needs no waiting (ours)."
+    if wrong.device.type in ('cuda','meta'): torch._assert_async(~wrong.any(), message if isinstance(message, str) else '')
+    elif wrong.any(): raise ValueError(message if isinstance(message, str) else message())
+
+def check_classes(
+    y:Tensor, # (N,) classes
+    n_classes:int|None=None, # C; None for any
+    negative:bool=True # whether a negative class stands for none
+)->Tensor: # `y` in int64
+    "Return classes that exist; a `ValueError` names one that does not (ours)."
+    y = y.long()
+    if n_classes is None and negative: return y
+    wrong = y<0 if not negative else torch.zeros_like(y, dtype=torch.bool)
+    if n_classes is not None: wrong = wrong | (y>=n_classes)
+    last = 'any number' if n_classes is None else n_classes-1
+    refuse_if(wrong, lambda: f"y holds class {y[wrong][0].item()}, n_classes={n_classes}: classes are 0 to {last}")
+    return y
 
 def directions(
     z:Tensor # (...,D) vectors
 )->Tensor: # (...,D) of length 1; 0 for a zero vector, which has no direction and gets no gradient
     "Scale vectors to unit length (ours)."
-    square = z.square().sum(-1, keepdim=True)
-    return z*(square+1e-12).rsqrt().masked_fill(square==0, 0)
+    return unit(z)
 
 def masked_mean(
     x:Tensor, # values of any shape
@@ -189,9 +211,10 @@ def class_means(
     y:Tensor, # (N,) classes; negative ones are left out
     n_classes:int|None=None # C; None for the highest class + 1
 )->tuple: # means (C,D), zero where a class is not present; present (C,) bool
-    "Average the embeddings of every class; raise a `ValueError` for wrong shapes (equation 1, left)."
+    "Average the embeddings of every class; raise a `ValueError` for wrong shapes or classes (equation 1, left)."
     z,y = check_batch(z, y)
-    if n_classes is None: n_classes = int(y.max())+1 if len(y) else 0
+    if n_classes is None: n_classes = max(int(y.max())+1, 0) if len(y) else 0
+    else: check_classes(y, n_classes)
     mine = class_members(y, n_classes)
     weights = mine.to(z.dtype)
     return weights/weights.sum(1, keepdim=True).clamp_min(1e-12)@z, mine.any(1)
@@ -232,6 +255,7 @@ def within_class_share(
 )->Tensor: # scalar in [0,1]; 0 when classes are points
     "Compute the part of the variance of the embeddings' directions that lies within classes (equation 4, left)."
     z,y = check_batch(z, y)
+    check_classes(y, negative=False)
     u = directions(z)
     means,_ = class_means(u, y)
     return (u-means[y]).square().sum()/(u-u.mean(0)).square().sum().clamp_min(1e-12)
@@ -259,7 +283,7 @@ def lookalike_pairs(
     found = cosines[pairs.triu()]
     if not len(found): return pairs
     least = found.topk(math.ceil(share*len(found)-1e-9)).values[-1]
-    return pairs & ((cosines+cosines.T)/2>=least-1e-6)
+    return pairs & ~((cosines+cosines.T)/2<least-1e-6) # NaN is in, and not hidden
 
 def lookalike_margin(
     z:Tensor, # (N,D) embeddings
@@ -277,11 +301,13 @@ def embedding_metrics(
 )->dict: # `similarity`, `nearest`, `within`, `margin`; for at most 20 classes `margins` by [class][other class] and
          # `confusion`, counts by [class][prediction]
     "Measure how a network's embeddings lie, as numbers to record (equations 1, 3, 4, 5 and 6)."
+    check_classes(y, logits.shape[1], negative=False)
     measures = dict(similarity=interclass_similarity, nearest=nearest_class_similarity, within=within_class_share,
         margin=lookalike_margin)
     metrics = {name:measure(z, y).item() for name,measure in measures.items()}
     n = logits.shape[1]
     if n>20: return metrics
+    y = y.long()
     margins = class_margins(z, y, n).tolist()
     metrics['margins'] = [[round(value, 4) for value in row] for row in margins]
     metrics['confusion'] = torch.bincount(y*n+logits.argmax(1), minlength=n*n).view(n, n).tolist()

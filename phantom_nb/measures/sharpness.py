@@ -19,13 +19,16 @@ from ..checks import number, share, whole
 from ..core import select_layers, weight_view
 from ..hooks import evaluating
 from .capture import device_of
+from .embeddings import check_classes
 
 # %% ../../nbs/measures/sharpness.ipynb #46751d54
-def _sample(batches, device):
-    "Inputs and labels of the sample on the device"
+def _sample(batches, network):
+    "Inputs and labels of the sample on the network's device"
+    batches,device = [batch for batch in batches if len(batch[0])],device_of(network)
+    if not batches: raise ValueError("no samples: give batches of (inputs, labels)")
     x,y = [torch.cat([part.as_subclass(Tensor) for part in parts]).to(device) for parts in zip(*batches)]
-    if y.ndim==1 and not y.is_floating_point(): return x,y
-    raise ValueError(f"labels of {tuple(y.shape)} {y.dtype}: give one class a sample")
+    if y.ndim!=1 or y.is_floating_point(): raise ValueError(f"labels of {tuple(y.shape)} {y.dtype}: give one class a sample")
+    return x,check_classes(y, network(x[:1]).shape[1], negative=False)
 
 class _Perturbed:
     "A network that is called with other weights; its own, and its buffers, stay as they are"
@@ -126,7 +129,7 @@ def sharpness(
     share('target', target)
     number('lr', lr, above=0)
     with evaluating(model) as network:
-        x,y = _sample(batches, device_of(network))
+        x,y = _sample(batches, network)
         gen = torch.Generator().manual_seed(seed)
         net = _Perturbed(network, kernels, batch_stats, bs)
         acc = net.accuracies([{}], x, y)
@@ -187,11 +190,11 @@ def norm_measures(
     "Compute norms and the margin (Jiang 2020, appendix C)."
     bs = whole('bs', bs)
     with evaluating(model) as network:
-        x,y = _sample(batches, device_of(network))
+        x,y = _sample(batches, network)
         weights = [w.detach() for layer in select_layers(network).values() for w in weight_view(layer).float()]
         margin = _margin(network, x, y, bs)
         spectral = sum(2*_log(torch.linalg.matrix_norm(w.cpu(), 2).item()) for w in weights) # many small ones
         inverse = -2*math.log(margin) if margin>0 else math.nan
         return pd.Series(dict(parameters=sum(p.numel() for p in network.parameters()),
-            param_norm=torch.stack([w.square().sum() for w in weights]).sum().item(), spectral=spectral,
+            param_norm=sum(w.double().square().sum().item() for w in weights), spectral=spectral,
             path=path_norm(network, x), margin=margin, inverse_margin=inverse, spectral_margin=spectral+inverse))

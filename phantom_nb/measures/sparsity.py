@@ -17,12 +17,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..checks import one_of
 from ..core import matches, select_layers
+from ..floats import NOTHING, wide
 from ..hooks import catch, evaluating, unwrap
 from .capture import ACTIVATIONS as FUNCTIONS
 
 # %% ../../nbs/measures/sparsity.ipynb #43b4de54
-def _as_float(a): return a if a.dtype==torch.float64 else a.float()
-def _floor(a): return torch.finfo(a.dtype).tiny**.5
+def _floor(a): return NOTHING if a.dtype==torch.float32 else torch.finfo(a.dtype).tiny**.5
 def _alive(a, dim): return a.amax(dim) > _floor(a)
 
 def perplexity(
@@ -30,7 +30,7 @@ def perplexity(
     dim:int=-1 # the axis of the n units
 )->Tensor: # (...) effective number of active units, in [1,n]; 1 without gradient where all are zero
     "Compute the exponential of the entropy of |a| along `dim`; `ValueError` for an empty axis (Huesmann 2021; eq. 2)."
-    a = _as_float(a).abs()
+    a = wide(a).abs()
     if not a.shape[dim]: raise ValueError(f"a has shape {tuple(a.shape)}: axis {dim} must have at least one unit")
     alive = _alive(a, dim).unsqueeze(dim) | a.isnan().any(dim, keepdim=True) # NaN goes through, it is not hidden as 1
     largest = a.detach().amax(dim, keepdim=True).where(alive, 1)
@@ -48,16 +48,17 @@ def sparsity(
     "Compute how far the perplexity has fallen from n to 1 (Huesmann 2021; eq. 3)."
     n = a.shape[dim]
     s = (n-perplexity(a, dim))/max(1, n-1)
-    return s if n>1 else s.where(_alive(_as_float(a.detach()).abs(), dim), 1)
+    return s if n>1 else s.where(_alive(wide(a.detach()).abs(), dim), 1)
 
 # %% ../../nbs/measures/sparsity.ipynb #063fdd2a
 OVER = 'units','samples','positions'
 
 def _flat(a, channel_dim=1):
     "(B,C) or (B,C,P) in float, channels moved to their place"
-    if a.ndim<2: raise ValueError(f"activations have shape {tuple(a.shape)}: give (B,C) or (B,C,...)")
+    if a.ndim<2 or not a.numel():
+        raise ValueError(f"activations have shape {tuple(a.shape)}: give (B,C) or (B,C,...), at least one number")
     if channel_dim not in (1,-1): raise ValueError(f"channel_dim={channel_dim!r}: give 1, or -1 for tokens (B,T,C)")
-    a = _as_float(a).movedim(channel_dim, 1)
+    a = wide(a).movedim(channel_dim, 1)
     return a.flatten(2) if a.ndim>2 else a
 
 def _responses(a):

@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..core import ActivationRegularizer
+from ..floats import wide
 from ..measures.embeddings import as_embeddings, find_head
 
 # %% ../../nbs/regularizers/activations.ipynb #38a1a052
 def mean_square(
-    z:Tensor # (B,D) embeddings
+    z:Tensor # (B,D) embeddings; half precision is computed in float32
 )->Tensor: # scalar >= 0
     "Average the squared activations (after Helou 2020; the mean over features is ours)."
-    return z.square().mean()
+    return wide(z).square().mean()
 
 # %% ../../nbs/regularizers/activations.ipynb #8c59a1fd
 class AL2(ActivationRegularizer):

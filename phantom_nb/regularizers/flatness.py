@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..checks import number, whole
+from ..floats import unit_together
 from ..kinds import SecondPass
 
 # %% ../../nbs/regularizers/flatness.ipynb #de49cecf
@@ -25,9 +26,7 @@ def sam_displacement(
     "Find the direction in which the loss rises fastest (Foret 2021, eq. 2; Kwon 2021, eq. 8)."
     scales = [w.detach().abs()+eta if adaptive else torch.ones_like(w) for w in weights]
     scaled = [t*g for t,g in zip(scales, gradients)]
-    # a gradient of zero has no direction: the weights stay
-    length = nn.utils.get_total_norm(scaled).clamp_min(torch.finfo(torch.float32).tiny)
-    return [rho*t*v/length for t,v in zip(scales, scaled)]
+    return [rho*t*v for t,v in zip(scales, unit_together(scaled))] # a gradient of zero has no direction: the weights stay
 
 # %% ../../nbs/regularizers/flatness.ipynb #b3401555
 def amp_displacement(
@@ -38,12 +37,11 @@ def amp_displacement(
     steps:int=1 # ascent steps, >= 1
 )->list: # a tensor for each weight, of joint length <= `eps`
     "Climb by steps of gradient ascent within a ball (Zheng 2021, algorithm 1)."
-    tiny = torch.finfo(torch.float32).tiny # a gradient of zero has no direction
+    tiny = torch.finfo(torch.float32).tiny # a displacement of zero is short enough
     displacement = [torch.zeros_like(g) for g in gradients]
     for i in range(steps):
         if i: gradients = gradients_at(displacement)
-        length = nn.utils.get_total_norm(gradients).clamp_min(tiny)
-        displacement = [e+lr*g/length for e,g in zip(displacement, gradients)]
+        displacement = [e+lr*g for e,g in zip(displacement, unit_together(gradients))]
         shrink = (eps/nn.utils.get_total_norm(displacement).clamp_min(tiny)).clamp_max(1.)
         displacement = [shrink*e for e in displacement]
     return displacement

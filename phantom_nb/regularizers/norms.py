@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..checks import number
 from ..core import Regularizer
+from ..floats import length
 from ..hooks import catch
 
 # %% ../../nbs/regularizers/norms.ipynb #546e0559
@@ -21,19 +22,18 @@ def weight_norm(
     layer:nn.Module # Linear or Conv layer
 )->Tensor: # scalar >= 0, without gradient
     "Measure the Euclidean norm of all weights of a layer together."
-    return layer.weight.detach().float().norm()
+    return length(layer.weight)
 
 @torch.no_grad()
 def project_norm(
     layer:nn.Module, # Linear or Conv layer in front of `normalisation`
     normalisation:nn.Module, # batch, layer, group or instance normalisation behind it
-    norm:float, # length to bring the weight back to, > 0
+    norm:float|Tensor, # length to bring the weight back to, > 0
     lam:float=1. # 1 in full, 0 not at all
 )->None:
     "Bring the weight of a layer back to a length without changing what the network computes (Lyle 2024; eq. 4)."
-    now = weight_norm(layer)
-    if not (now>0 and norm>0): return # a weight of zero has no direction
-    factor = (norm/now)**lam
+    ratio = norm/weight_norm(layer)
+    factor = torch.where(ratio.isfinite() & (ratio>0), ratio, 1)**lam # a weight of zero has no direction and stays
     layer.weight.mul_(factor)
     if layer.bias is not None: layer.bias.mul_(factor)
     if isinstance(normalisation, _NormBase) and normalisation.running_mean is not None:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..checks import one_of, whole
 from ..core import Regularizer, weight_view
-from .energy import MHE, directions, in_groups
+from ..floats import unit, wide
+from .energy import MHE, _check_neurons, directions, in_groups
 
 # %% ../../nbs/regularizers/orthogonality.ipynb #67dab8b4
 FORMS = ('soft', 'double', 'coherence', 'spectral')
@@ -24,31 +24,38 @@ def _start(w, generator):
     generator = generator or torch.Generator().manual_seed(0)
     return torch.randn(*w.shape[:-1], 1, generator=generator).to(w)
 
+def _check_some(w):
+    "Refuse what is not at least one neuron of at least one number"
+    if w.is_floating_point() and w.ndim in (2,3) and w.numel(): return
+    raise ValueError(f"w has shape {tuple(w.shape)} and type {w.dtype}: give floats (n,d) or (g,n,d), n and d >= 1")
+
 def _soft(w):
     "Equation 1, from the smaller Gram matrix (equation 5)"
     n,d = w.shape[-2:]
     gram = w@w.mT if n<=d else w.mT@w
-    return (gram-torch.eye(min(n, d)).to(w)).square().sum((-2,-1)) + max(n-d, 0)
+    return (gram-torch.eye(min(n, d), dtype=w.dtype, device=w.device)).square().sum((-2,-1)) + max(n-d, 0)
 
 def orthogonality(
-    w:Tensor, # (n,d) neurons; or (g,n,d) groups of them, whose penalties are added
+    w:Tensor, # (n,d) neurons; or (g,n,d) groups of them, whose penalties are added; halves in float32
     form:str='soft', # 'soft', 'double', 'coherence' or 'spectral'
     normalize:bool=False, # whether neurons are brought to length 1 first: then only angles count
     steps:int=2, # power iterations of 'spectral', >= 1
     generator:torch.Generator|None=None # of the start of the power iteration, on the CPU; None for a fixed one
 )->Tensor: # scalar >= 0
-    "Measure how far neurons are from orthonormal (Bansal 2018, section 3); a `ValueError` for an unknown form."
+    "Measure how far neurons are from orthonormal (Bansal 2018, section 3); `ValueError` for a wrong form or shape."
     one_of('form', form, FORMS)
-    if normalize: w = F.normalize(w, dim=-1)
-    n,d = w.shape[-2:]
-    if form=='soft': return _soft(w).sum()
-    if form=='double': return (2*_soft(w)+d-n).sum()
-    m = w@w.mT-torch.eye(n).to(w)
-    if form=='coherence': return m.abs().amax((-2,-1)).sum()
-    v = _start(w, generator)
-    # only directions matter on the way; the length of the last product is the norm
-    for _ in range(steps-1): v = F.normalize(m@v, dim=-2)
-    return (m@F.normalize(v, dim=-2)).norm(dim=-2).sum()
+    _check_some(w)
+    with torch.autocast(w.device.type, enabled=False):
+        w = unit(w) if normalize else wide(w)
+        n,d = w.shape[-2:]
+        if form=='soft': return _soft(w).sum()
+        if form=='double': return (2*_soft(w)+d-n).sum()
+        m = w@w.mT-torch.eye(n, dtype=w.dtype, device=w.device)
+        if form=='coherence': return m.abs().amax((-2,-1)).sum()
+        v = _start(w, generator)
+        # only directions matter on the way; the length of the last product is the norm
+        for _ in range(steps-1): v = unit(m@v, -2)
+        return (m@unit(v, -2)).norm(dim=-2).sum()
 
 # %% ../../nbs/regularizers/orthogonality.ipynb #cc663426
 class Orthogonality(Regularizer):
@@ -77,8 +84,9 @@ class Orthogonality(Regularizer):
 def squared_cosine(
     w:Tensor # (n,d) neurons, n >= 2; or (g,n,d) groups of them
 )->Tensor: # scalar, or (g,): >= 0, below 1/2
-    "Compute what half-space energy is to second order, a constant left out (ours, eq. 6)."
-    w_hat = directions(w if w.dtype==torch.float64 else w.float()).w_hat
+    "Compute what half-space energy is to second order, a constant left out; `ValueError` for a shape (ours, eq. 6)."
+    _check_neurons(w)
+    w_hat = directions(wide(w)).w_hat
     n,d = w.shape[-2:]
     gram = w_hat@w_hat.mT if n<=d else w_hat.mT@w_hat
     own = w_hat.square().sum(-1).square().sum(-1) # 1 for each neuron that is not short

@@ -15,16 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import number, one_of, whole
-from ..measures.embeddings import check_batch, class_members, directions, masked_mean, pair_cosines
+from ..measures.embeddings import check_batch, check_classes, class_members, directions, masked_mean
+from ..measures.embeddings import pair_cosines, refuse_if
 
 # %% ../../nbs/regularizers/phantoms.ipynb #5704a0db
 MODES = ('mix','contrast','margin','separate','pull','pairs')
 CHOICES = ('all','nearest','right')
-
-def _refuse_if(wrong, message):
-    "Raise a `ValueError` on a CPU; on a GPU let the device stop the program when it sees it, which needs no waiting"
-    if wrong.is_cuda: torch._assert_async(~wrong.any(), message)
-    elif wrong.any(): raise ValueError(message)
 
 def check_labels(
     z:Tensor, # (B,D) embeddings
@@ -34,17 +30,14 @@ def check_labels(
     "Return a batch in the types that are computed in; `ValueError` for what is no embedding or no label (ours)."
     if not (isinstance(y, Tensor) and y.is_floating_point() and y.ndim==2 and len(y)==len(z)):
         z,y = check_batch(z, y)
-        if n_classes is None or not len(y): return z, y
-        which = "too high a class" if y.is_cuda else f"class {y.max().item()}"
-        _refuse_if(y>=n_classes, f"y holds {which}, n_classes={n_classes}: classes are 0 to {n_classes-1}")
-        return z, y
+        return z, check_classes(y, n_classes)
     z,_ = check_batch(z, torch.zeros(len(z), dtype=torch.long))
     if n_classes not in (None, y.shape[1]):
         raise ValueError(f"y has shape {tuple(y.shape)}, n_classes={n_classes}: give a share for every class")
     # half precision rounds shares, so their sum may miss 1 by a little;
     # less than 1 is for images of which a part has no class
     wrong = (y<0).any(1) | (y.sum(1)>1.01)
-    _refuse_if(wrong, "y holds rows that are no shares: soft labels are at least 0 and add up to 1 "
+    refuse_if(wrong, "y holds rows that are no shares: soft labels are at least 0 and add up to 1 "
         "(several classes at once are not supported)")
     return z, y.to(z.dtype)
 
@@ -76,7 +69,8 @@ def _average(counts, k=None, keys=None):
     if k is not None:
         first = keys.masked_fill(counts<=0, -2.).topk(min(k, counts.shape[1]), 1)[1]
         weights = weights*torch.zeros_like(counts, dtype=torch.bool).scatter_(1, first, True)
-    return weights/weights.sum(1, keepdim=True).clamp_min(1e-12), some
+    total = weights.sum(1, keepdim=True)
+    return weights/(total+(total==0)), some
 
 def _random_keys(counts, k, generator):
     "Numbers to draw by, made where the generator lives; None if nothing is drawn"
@@ -132,7 +126,8 @@ def phantom_embeddings(
     with torch.autocast(z.device.type, enabled=False):
         own,valid = _own_phantoms(z, y, k, generator, detach, bank, right, nearest)
         shares = members(y)[1].to(z.dtype)
-        shares = shares/shares.sum(1, keepdim=True).clamp_min(1e-12)
+        total = shares.sum(1, keepdim=True)
+        shares = shares/(total+(total==0))
         valid = (valid | (shares==0)).all(1) & (shares>0).any(1)
         return (shares[...,None]*own).sum(1)*valid[:,None], valid
 

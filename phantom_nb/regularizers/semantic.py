@@ -14,19 +14,21 @@ from torch import Tensor
 
 from ..core import ActivationRegularizer
 from ..kinds import ReplacedLoss
-from ..measures.embeddings import as_embeddings, class_members, find_head
+from ..measures.embeddings import as_embeddings, check_classes, class_members, find_head
 
 # %% ../../nbs/regularizers/semantic.ipynb #b843e175
 def isda_logits(
     logits:Tensor, # (B,C) of the classifier
-    y:Tensor, # (B,) classes
+    y:Tensor, # (B,) classes; logits of a negative one stay
     weight:Tensor, # (C,D) of the classifier, with gradient
     cov:Tensor, # (C,D,D) covariances of the classes, or (C,D) their diagonals; no gradient flows into them
     lam:float=.5 # strength, >= 0
 )->Tensor: # (B,C), nowhere below `logits`
-    "Move the logits by half the variance of their difference (Wang 2019, eq. 6)."
+    "Move the logits by half the variance of their difference; `ValueError` for a wrong class (Wang 2019, eq. 6)."
     cov = cov.detach()
+    y,some = check_classes(y, len(weight)).clamp_min(0),(y>=0)[:,None]
     rows = torch.arange(len(weight), device=y.device) if len(weight)<=len(y) else y # a row a class, or a row a sample
+    if cov.ndim==2: weight = weight-weight.mean(0) # differences stay, and lose fewer digits
     own = weight[rows]
     if cov.ndim==2:
         scaled = cov[rows]*own
@@ -35,23 +37,23 @@ def isda_logits(
     else:
         differences = weight-own[:,None]
         variance = (differences@cov[rows]*differences).sum(-1)
-    return logits + lam/2*(variance[y] if rows is not y else variance)
+    return logits + lam/2*some*(variance[y] if rows is not y else variance)
 
 # %% ../../nbs/regularizers/semantic.ipynb #1838482b
 def _batch_moments(z, y, n_classes, diagonal):
     "Count, mean and covariance of each class in a batch"
-    member = class_members(y, n_classes).to(z) # (C,B); `bincount` would wait for the GPU
+    member = class_members(check_classes(y, n_classes), n_classes).to(z) # (C,B); `bincount` would wait for the GPU
     count = member.sum(1)
     share = member/count.clamp_min(1)[:,None]
     mean = share@z
-    centred = z-mean[y]
+    centred = z-mean[y.clamp_min(0)] # rows of no class count in no sum
     if diagonal: return count, mean, share@centred.square()
     return count, mean, (share[:,:,None]*centred).mT@centred
 
 def merge_moments(
     moments:tuple|None, # counts (C,), means (C,D), covariances (C,D,D) or (C,D); None for nothing yet
     z:Tensor, # (B,D) embeddings
-    y:Tensor, # (B,) classes
+    y:Tensor, # (B,) classes; negative ones are left out
     n_classes:int, # C
     diagonal:bool=False # whether only the diagonals are kept
 )->tuple: # the same three, new tensors

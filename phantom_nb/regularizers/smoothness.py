@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..checks import one_of, whole
 from ..core import Regularizer
+from ..floats import unit
 from ..hooks import catch, is_compiled
 
 # %% ../../nbs/regularizers/smoothness.ipynb #caa11e86
@@ -35,7 +36,10 @@ def gradient_penalty(
 def _linear(module, x):
     "Apply the layer without its bias"
     if isinstance(module, nn.Linear): return F.linear(x, module.weight)
-    if isinstance(module, _ConvTransposeNd): return module.forward(x)-module.forward(torch.zeros_like(x))
+    if isinstance(module, _ConvTransposeNd):
+        convolve = getattr(F, f'conv_transpose{len(module.kernel_size)}d')
+        return convolve(x, module.weight, None, module.stride, module.padding, module.output_padding, module.groups,
+            module.dilation)
     return module._conv_forward(x, module.weight, None)
 
 def _input_shape(module, in_shape):
@@ -56,11 +60,11 @@ def top_vectors(
 )->tuple: # u and v of length 1, without gradient
     "Find the direction that a layer stretches most, by power iteration (eq. 3)."
     for _ in range(steps):
-        v = F.normalize(v.flatten(), dim=0).view_as(v).detach().requires_grad_()
+        v = unit(v.flatten()).view_as(v).detach().requires_grad_()
         with torch.enable_grad(): out = _linear(module, v)
-        u = F.normalize(out.detach().flatten(), dim=0).view_as(out)
+        u = unit(out.detach().flatten()).view_as(out)
         v, = torch.autograd.grad(out, v, u)
-    return u, F.normalize(v.flatten(), dim=0).view_as(v)
+    return u, unit(v.flatten()).view_as(v)
 
 def spectral_norm(
     module:nn.Module, # Linear, or Conv1d-3d, transposed or not
@@ -168,7 +172,7 @@ class SpectralPenalty(Regularizer):
         if follow or not known: v = top_vectors(module, v, self.rounds if known else 20)[1]
         self.vectors = {**self.vectors, name:v}
         out = _linear(module, v)
-        return (F.normalize(out.detach().flatten(), dim=0).view_as(out)*out).sum()
+        return (unit(out.detach().flatten()).view_as(out)*out).sum()
 
     def state_dict(self): return super().state_dict() | dict(vectors=self.vectors)
     def load_state_dict(self, state:dict):
