@@ -452,14 +452,14 @@ def front_figure(
     ncols = min(ncols, len(table['settings']))
     nrows = -(-len(table['settings'])//ncols)
     with plt.style.context(HOUSE):
-        size = (1.3+2.9*ncols, nrows*(.9+.27*len(names)))
+        size = (1.3+2.2*ncols, nrows*(1+.25*len(names)))
         fig,axs = plt.subplots(nrows, ncols, figsize=size, sharex=True, sharey=True, squeeze=False, layout='constrained')
         for ax,(setting,about) in zip(axs.flat, table['settings'].items()):
             ax.axvspan(-.5, .5, color='.94', zorder=0)
             ax.axvline(0, color='.75', lw=.8, zorder=0)
             for row,name in enumerate(names):
                 _effect(ax, row, effects[name].get(setting), table['methods'][name]['helps'])
-            ax.set_title(about['about'])
+            ax.set_title(fill(about['about'], 24))
             ax.tick_params(left=False)
         for ax in axs.flat[len(table['settings']):]: ax.set_axis_off()
         axs[0,0].set(yticks=range(len(names)), yticklabels=names, ylim=(-.6, len(names)-.4))
