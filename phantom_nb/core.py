@@ -173,6 +173,7 @@ class Regularizer(TrainingCallback):
     # What a method says
     def penalty(self)->Tensor: raise NotImplementedError(f"{type(self).__name__} must define penalty()")
     def select(self)->dict: return select_layers(self.model, self.layers, self.types) # name -> module
+    def forget(self)->None: pass # drop what belongs to the fit before; `lr_find` has made its copy by then
     def setup(self)->None: pass # called once before the first batch of a fit, `selected` being there
     def state_dict(self)->dict: return dict(steps=self.steps) # what a resumed run must find again
     def load_state_dict(self,
@@ -247,6 +248,7 @@ class Regularizer(TrainingCallback):
     def start(self)->None:
         "Begin a fit: choose the layers, take up what was loaded, refuse what cannot work."
         if hasattr(self.learn, 'lr_finder'): self._before_lr_find = self._snapshot()
+        self.forget()
         self.selected = self.select()
         self._fresh = True
         saved = _travelling_state(self.opt).get(self.name) if self.opt else None

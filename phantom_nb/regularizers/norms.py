@@ -61,8 +61,10 @@ class NormalizeAndProject(Regularizer):
         self._loaded = False
 
     def factor(self, lam:float): return 1. # nothing is added to the loss; the record shows the growth itself
-    def start(self):
+    def forget(self):
         if not self._loaded: self.norms,self._growth = {},0.
+
+    def start(self):
         super().start()
         self._loaded = False
 

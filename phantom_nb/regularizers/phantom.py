@@ -219,6 +219,9 @@ class PhantomEmbeddings(EmbeddingRegularizer):
         tau:float=.3, # for 'contrast' and 'pairs': temperature, > 0
         queue:int=0, # past embeddings kept of each class, >= 0, for batches that hold few of a class
         head:str|nn.Module|Callable|None=None, # the layer whose input is regularized, see `find_head`; None: classifier
+    def forget(self):
+        if not self._loaded: self.memory = None
+
         seed:int=0, # of the generator that phantoms are drawn from, >= 0
         every:int=1, # steps from one penalty to the next, >= 1
         layers:type|str|Callable|list|None=None, # the same as `head`, by the base class's name
@@ -234,7 +237,6 @@ class PhantomEmbeddings(EmbeddingRegularizer):
         self._loaded = False # whether the memory is one that a fit goes on with
 
     def start(self):
-        if not self._loaded: self.memory = None # of the fit before
         super().start()
         self._loaded = False
 

@@ -87,7 +87,9 @@ class ISDA(ReplacedLoss, ActivationRegularizer):
     def select(self): return dict([find_head(self.model, self.layers, getattr(getattr(self, 'dls', None), 'c', None))])
 
     def start(self):
-        if not self._loaded: self.moments = None # of the fit before
+    def forget(self):
+        if not self._loaded: self.moments = None
+
         super().start()
         self._loaded = False
 
