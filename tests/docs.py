@@ -48,9 +48,10 @@ def link_methods(docs):
         p.write_text(re.sub(r'href="([^":#]*)#([\w-]+)(\.[\w.-]+)"', lead, text), encoding='utf-8')
 
 def open_menus(docs):
-    "Let the keyboard open the sections of the sidebar: smalldocs makes them links that lead nowhere."
+    "Let the keyboard open the sections of the sidebar: smalldocs makes them, and their arrows, links that lead nowhere."
     for p in docs.rglob('*.html'):
         text = p.read_text(encoding='utf-8')
+        text = re.sub(r'(sidebar-item-toggle[^>]*) role="navigation"', r'\1 aria-hidden="true"', text)
         p.write_text(re.sub(r'data-bs-target="(#[^"]+)" role="navigation"', r'data-bs-target="\1" href="\1" role="button"', text), encoding='utf-8')
 
 def size_images(docs):

@@ -1,5 +1,5 @@
 "The docs site in a real browser, every page, wide and narrow: it loads, fits, is typeset, can be read and searched."
-import os, re, shutil, statistics, subprocess, sys
+import os, re, shutil, subprocess, sys
 from contextlib import contextmanager
 from functools import partial
 from html.parser import HTMLParser
@@ -123,6 +123,7 @@ def browser(site, npm):
             page.on('response', lambda r: r.status>=400 and errors.append(f'{r.status} {r.url}'))
             response = page.goto(f'{url}/{name}', wait_until='load')
             assert response.status==200
+            page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length")
             return page,errors
 
         yield visit
@@ -137,29 +138,32 @@ LOOK = """() => {
     widest: [...main.querySelectorAll('*')].filter(e => seen(e) && e.getBoundingClientRect().right > innerWidth+1 && !e.closest('table, .katex, pre, .sd-table, .cell-output-display'))
       .slice(0, 3).map(e => e.outerHTML.slice(0, 120)),
     cut: [...main.querySelectorAll('pre')].filter(e => seen(e) && e.scrollWidth > e.clientWidth+2).length,
-    images: [...main.querySelectorAll('img')].map(i => [i.src.slice(0, 60), i.alt, i.complete, i.naturalWidth, i.naturalHeight]),
+    images: [...main.querySelectorAll('img')].map(i => [i.src.slice(0, 60), i.alt, i.complete, i.naturalWidth, i.naturalHeight, i.getAttribute('width'), i.getAttribute('height')]),
     katex: document.querySelectorAll('.katex').length,
     wrong: [...document.querySelectorAll('.katex-error')].map(e => e.title),
     left: (prose.textContent.match(/\\$\\$|\\\\(?:frac|begin|sum|left)\\b/g) || []),
-    paint: (performance.getEntriesByName('first-contentful-paint')[0] || {startTime: 0}).startTime,
+    paint: performance.getEntriesByName('first-contentful-paint')[0].startTime,
+    bytes: ['navigation', 'resource'].flatMap(t => performance.getEntriesByType(t)).reduce((sum, e) => sum + e.decodedBodySize, 0),
   }}"""
-RULES = ['image-alt', 'label', 'link-name', 'button-name', 'html-has-lang', 'document-title']
+RULES = ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'] # axe-core's names for the rules of WCAG 2.1, levels A and AA
 
 def accessibility(page, npm, rules=RULES):
     "What axe-core finds wrong on a page, a line a place."
-    page.evaluate((npm/'axe-core/axe.min.js').read_text(encoding='utf-8'))
+    if not page.evaluate("'axe' in window"): page.evaluate((npm/'axe-core/axe.min.js').read_text(encoding='utf-8'))
     found = page.evaluate("rules => axe.run(document, {runOnly: rules, resultTypes: ['violations']})", rules)
     return [f"{v['id']}: {n['html'][:110]} ({n['any'][0]['message'][:120] if n['any'] else ''})" for v in found['violations'] for n in v['nodes'][:3]]
 
 @pytest.fixture(scope='session')
 def looks(browser, npm):
-    "What is seen of every page: name -> (errors, what a wide and a narrow window show, what axe-core finds)."
+    "What is seen of every page: name -> (errors, what a wide and a narrow window show, what axe-core finds in each)."
     found = {}
     for name in PAGES:
         page,errors = browser(name)
-        wide,wrong = page.evaluate(LOOK),accessibility(page, npm)
-        page.set_viewport_size(dict(width=WIDTHS['narrow'], height=800))
-        found[name] = errors,dict(wide=wide, narrow=page.evaluate(LOOK)),wrong
+        look,wrong = {},{}
+        for width,pixels in WIDTHS.items():
+            page.set_viewport_size(dict(width=pixels, height=1000))
+            look[width],wrong[width] = page.evaluate(LOOK),accessibility(page, npm)
+        found[name] = errors,look,wrong
         page.close()
     return found
 
@@ -174,31 +178,45 @@ def test_nothing_is_cut_off_at_the_side(looks, width):
     assert not over and not each(looks, width, 'cut'), (over, each(looks, width, 'cut'))
 
 def test_pictures_are_drawn_and_described(looks):
-    bad = {name:[i for i in images if not (len(i[1])>5 and i[2] and i[3]>1 and i[4]>1)] for name,images in each(looks, 'wide', 'images').items()}
-    assert not {name:images for name,images in bad.items() if images}
+    "A picture has words for who does not see it, and its size for the text below, which must not move"
+    bad = [(name, picture) for name,pictures in each(looks, 'wide', 'images').items() for picture in pictures
+        if not (len(picture[1])>5 and picture[2] and picture[3]>1 and picture[3:5]==[int(size or 0) for size in picture[5:]])]
+    assert not bad, bad
 
 def test_all_mathematics_is_typeset(looks):
     assert len(each(looks, 'wide', 'katex'))>10
     assert not each(looks, 'wide', 'wrong') and not each(looks, 'wide', 'left'), (each(looks, 'wide', 'wrong'), each(looks, 'wide', 'left'))
 
-def test_pages_can_be_read_by_everybody(looks):
-    "Images, links, buttons and fields have names (axe-core)"
-    assert not {name:wrong for name,(*_,wrong) in looks.items() if wrong}
+@pytest.mark.parametrize('width', WIDTHS)
+def test_pages_can_be_read_by_everybody(looks, width):
+    "Names, roles, contrast and the keyboard, by axe-core's rules for WCAG 2.1"
+    assert not (found := {name:wrong[width] for name,(*_,wrong) in looks.items() if wrong[width]}), found
 
-@pytest.mark.parametrize('scheme,lightness', [('light', (700, 765)), ('dark', (0, 200))])
-@pytest.mark.parametrize('name', ['index.html', 'commands.html', 'regularizers/energy.html', 'papers/phantom.html', 'core.html'])
-def test_contrast_is_enough(browser, npm, name, scheme, lightness):
-    "Text can be read in the light and in the dark scheme; pages share their colours, so some stand for all"
-    page,errors = browser(name, scheme)
-    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert lightness[0]<=sum(map(int, re.findall(r'\d+', back)[:3]))<=lightness[1], back
-    assert not errors and not (wrong := accessibility(page, npm, ['color-contrast'])), wrong
-    page.close()
+def test_dark_pages_can_be_read_too(browser, npm):
+    "Who asks for dark pages gets them, with contrast enough"
+    found = {}
+    for name in PAGES:
+        page,errors = browser(name, 'dark')
+        back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        wrong = accessibility(page, npm, ['color-contrast'])
+        if errors or wrong or sum(map(int, re.findall(r'\d+', back)[:3]))>200: found[name] = errors,wrong,back
+        page.close()
+    assert not found, found
 
-def test_pages_are_light_and_quick(site, looks):
-    heavy = {name:round((site/name).stat().st_size/1e6, 2) for name in PAGES if (site/name).stat().st_size>1.5e6}
+def test_pages_are_light(looks):
+    "With all that they load from the site"
+    heavy = {name:round(size/1e6, 2) for name,size in each(looks, 'wide', 'bytes').items() if size>1.5e6}
     assert not heavy, f'MB: {heavy}'
-    assert statistics.median(look['wide']['paint'] for _,look,_ in looks.values())<1000 # milliseconds
+
+def test_pages_are_quick(looks, browser):
+    "Something is seen within a second; a page that was late is asked again, in case it was the machine"
+    def paint(name):
+        page,_ = browser(name)
+        time = page.evaluate(LOOK)['paint']
+        page.close()
+        return time
+    late = {name:time for name,time in each(looks, 'wide', 'paint').items() if time>1000} # milliseconds
+    assert len(late)<len(PAGES)/2 and not (slow := [name for name in late if min(paint(name) for _ in range(3))>1000]), slow
 
 def test_sidebar_shows_every_page(browser):
     page,_ = browser('index.html')
@@ -237,6 +255,43 @@ def test_search_finds_and_the_keyboard_is_enough(browser, npm, word, where):
     page.keyboard.press('Enter')
     page.wait_for_url(lambda url: hrefs[0].removeprefix('./').partition('#')[0] in url)
     assert not errors
+    page.close()
+
+def press_until(page, selector, most=20):
+    "Press Tab until what `selector` names has the focus."
+    for _ in range(most):
+        page.keyboard.press('Tab')
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector): return
+    pytest.fail(f'Tab does not reach {selector}')
+
+def test_keyboard_skips_the_menus(browser):
+    page,_ = browser('core.html')
+    press_until(page, '.skip', 1)
+    assert page.evaluate("document.activeElement.getBoundingClientRect().top")>=0
+    page.keyboard.press('Enter')
+    page.keyboard.press('Tab')
+    assert page.evaluate("document.activeElement.closest('main') !== null")
+    page.close()
+
+def test_keyboard_opens_the_menus(browser):
+    "Of a wide page a section of the sidebar; of a narrow one the sidebar; the colours are switched, and kept"
+    page,_ = browser('index.html')
+    press_until(page, '.quarto-color-scheme-toggle')
+    page.keyboard.press('Enter')
+    page.reload()
+    assert page.evaluate("document.documentElement.classList.contains('quarto-dark')")
+    press_until(page, '.quarto-color-scheme-toggle')
+    page.keyboard.press('Enter')
+    press_until(page, '#quarto-sidebar [aria-expanded]')
+    section = page.evaluate("document.activeElement.dataset.bsTarget")
+    for state in ('.collapse:not(.show)', '.show'): # closed, and open again
+        page.keyboard.press('Enter')
+        page.wait_for_selector(section+state, state='attached')
+    page.set_viewport_size(dict(width=WIDTHS['narrow'], height=800))
+    page.reload() # the focus is at the top again
+    press_until(page, '.quarto-btn-toggle')
+    page.keyboard.press('Enter')
+    page.wait_for_selector('#quarto-sidebar.show')
     page.close()
 
 def test_keyboard_reaches_the_text(browser):
