@@ -200,14 +200,16 @@ class _Energy(torch.autograd.Function):
         ctx.form = inputs[1]
         ctx.save_for_backward(inputs[0], *output[1:])
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False) # no zeros for them
 
     @staticmethod
     def backward(ctx, d_energy, *_):
+        if d_energy is None: return None,None
         w,m,w_hat = ctx.saved_tensors
         with full_float32():
             if torch.is_grad_enabled(): m,w_hat = _energy_grad(_wide(w), ctx.form)[1:] # a second derivative is wanted
-            g = m@w_hat if w.shape[1]<=w.shape[2] else m
-        g = g*d_energy[:,None,None]
+            g = m*d_energy[:,None,None] # before the product, where it is smaller
+            if w.shape[1]<=w.shape[2]: g = g@w_hat
         if w.dtype in (torch.float16, torch.bfloat16):
             largest = torch.finfo(w.dtype).max
             g = g.clamp(-largest, largest)
@@ -226,11 +228,12 @@ def hyperspherical_energy(
     _check_neurons(w)
     form = Form(s, half_space, angular, eps).check()
     if w.ndim==2: w = w[None]
-    parts = w.split(_together(w))
+    most = _together(w)
+    parts = w.split(most) if len(w)>most else [w] # autograd copies what is split
     with torch.autocast(w.device.type, enabled=False), full_float32():
         if torch.is_grad_enabled() and w.requires_grad: energies = [_Energy.apply(part, form)[0] for part in parts]
         else: energies = [_energy_grad(_wide(part), form, grad=False)[0] for part in parts]
-        energy = torch.cat(energies)
+        energy = torch.cat(energies) if len(energies)>1 else energies[0]
     return energy if each else energy.mean()
 
 def in_groups(
@@ -242,7 +245,7 @@ def in_groups(
     results = {}
     for shape in dict.fromkeys(shapes):
         at = [i for i,other in enumerate(shapes) if other==shape]
-        out = f(*[torch.cat([xs[i] for i in at]) for xs in lists])
+        out = f(*[torch.cat([xs[i] for i in at]) if len(at)>1 else xs[at[0]] for xs in lists])
         results |= zip(at, out.split([len(lists[0][i]) for i in at]))
     return [results[i] for i in range(len(shapes))]
 
