@@ -4,11 +4,12 @@ from contextlib import contextmanager
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from threading import Thread
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
-from test_project import NBS, ROOT, copy_tree, tool
+from test_project import NBS, ROOT, copy_tree, module_of, tool
 
 CDN = 'https://cdn.jsdelivr.net/npm/katex@'
 WIDTHS = dict(wide=1400, narrow=390) # a desk's screen and a telephone's, in pixels
@@ -49,7 +50,27 @@ def pages(site): return {p.relative_to(site).as_posix():Page(p) for p in site.rg
 def test_the_readme_is_short():
     assert len((ROOT/'README.md').read_text(encoding='utf-8').splitlines())<=120, 'move what is long to pages of its own'
 
-def test_every_notebook_is_a_page(pages): assert PAGES.keys()<=pages.keys()
+def test_every_notebook_is_a_page(pages):
+    assert PAGES.keys()<=pages.keys()
+    unlisted = PAGES.keys()-set(pages['pages.html'].links)-{'index.html','pages.html'}
+    assert not unlisted, f'run nbdev-test nbs/pages.ipynb --save: {sorted(unlisted)}'
+
+def public_names(path):
+    "Functions and classes that a notebook exports."
+    module = module_of(path)
+    if module is None: return []
+    members = {name:getattr(import_module(module), name) for name in import_module(module).__all__}
+    return [name for name,what in members.items() if callable(what) and getattr(what, '__module__', '')==module]
+
+def test_every_public_name_has_its_entry(site, pages):
+    "On its module's page, with a link to its source; the reference leads there"
+    reference,missing = set(pages['reference.html'].links),[]
+    for page,path in PAGES.items():
+        text = (site/page).read_text(encoding='utf-8')
+        for name in public_names(path):
+            entry = re.search(rf'#L-\d+"[^>]*>source</a></p>\s*<h3 [^>]*>{name}<', text)
+            if not (entry and f'{page}#{name.lower()}' in reference): missing.append((page, name))
+    assert not missing, f'run nbdev-export and nbdev-test nbs/reference.ipynb --save: {missing}'
 
 def test_links_and_anchors_lead_somewhere(site, pages):
     dead = []
