@@ -170,6 +170,10 @@ def test_halves_are_squared_in_float32(f, dtype):
     assert f(z).dtype==torch.float32 and abs(f(z)/f(z.double())-1)<1e-5
     with torch.autocast('cpu', dtype=torch.bfloat16): assert abs(f(z.float())/f(z.double())-1)<1e-5
 
+def test_mean_square_is_the_mean_of_squares():
+    z = randn(5, 3)
+    assert mean_square(z).item()==pytest.approx(sum(v*v for row in z.tolist() for v in row)/15, rel=1e-6)
+
 @few
 @given(d=st.integers(1, 6), c=st.integers(2, 6), n=st.integers(1, 9), diagonal=st.booleans(), shift=st.floats(0, 100), seed=SEEDS)
 def test_moved_logits_against_float64(d, c, n, diagonal, shift, seed):

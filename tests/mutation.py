@@ -1,0 +1,281 @@
+"""Break the package's functions on purpose, one change at a time, and see whether the tests notice.
+
+    python tests/mutation.py regularizers.energy --per 10        # record the score of a module
+    python tests/mutation.py --survivors                         # try again what nobody noticed
+
+No file of the package is written. pytest collects the module's tests once; for every change a fork swaps the code of one function, runs the
+tests that call it until one fails, and ends. Tools such as mutmut change the files and start Python anew for every change.
+"""
+import ast, copy, importlib, inspect, json, os, random, select, signal, sys, time
+from collections import defaultdict
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT/'results'/'mutation.jsonl'
+BUDGET = 8. # seconds of tests that a change has to pass at first; what survives is tried again with all of them
+KEY = 'function','kind','before','after'
+TESTS = {'regularizers.energy':'hyperspherical', 'regularizers.projections':'projections', 'regularizers.comhe':'projections',
+    'regularizers.phantoms':'phantom numbers', 'regularizers.phantom':'phantom', 'regularizers.sparsity':'sparsity',
+    'regularizers.flatness':'flatness numbers', 'regularizers.semantic':'semantic numbers', 'regularizers.norms':'norms numbers',
+    'regularizers.activations':'activations numbers', 'regularizers.orthogonality':'orthogonality numbers',
+    'regularizers.smoothness':'smoothness numbers', 'measures.clustering':'clustering numbers',
+    'measures.embeddings':'embeddings numbers', 'measures.sparsity':'sparsity numbers', 'measures.sharpness':'sharpness numbers',
+    'measures.ranking':'ranking', 'measures.capture':'capture', 'measures.intraclass':'intraclass',
+    'measures.sparsity_monitor':'sparsity', 'experiments.stats':'stats', 'core':'core', 'kinds':'flatness', 'contract':'core'}
+PICTURES = ('plot', 'heat_map', 'loss_curves', 'redraw', '_report_figure', '_axis_label') # what they draw is judged by eye
+
+# What is changed, and what it is called
+SWAPS = {ast.Add:('sign', ast.Sub), ast.Sub:('sign', ast.Add), ast.Mult:('operator', ast.Div), ast.Div:('operator', ast.Mult),
+    ast.FloorDiv:('operator', ast.Mult), ast.BitAnd:('condition', ast.BitOr), ast.BitOr:('condition', ast.BitAnd),
+    ast.And:('condition', ast.Or), ast.Or:('condition', ast.And), ast.Eq:('condition', ast.NotEq), ast.NotEq:('condition', ast.Eq),
+    ast.Lt:('off by one', ast.LtE), ast.LtE:('off by one', ast.Lt), ast.Gt:('off by one', ast.GtE), ast.GtE:('off by one', ast.Gt),
+    ast.Is:('condition', ast.IsNot), ast.IsNot:('condition', ast.Is), ast.In:('condition', ast.NotIn), ast.NotIn:('condition', ast.In)}
+NAMES = dict(mean='sum', sum='mean', amax='amin', amin='amax', max='min', min='max', argmax='argmin', clamp_min='clamp_max',
+    clamp_max='clamp_min', any='all', all='any', no_grad='enable_grad')
+KINDS = dict(mean='mean for sum', sum='mean for sum', no_grad='missing detach')
+TYPES = dict(float64='float32', float32='float64', float='half', double='float', long='int')
+LEFT_OUT = dict(detach='missing detach', masked_fill='self-pair kept', masked_fill_='self-pair kept', fill_diagonal_='self-pair kept',
+    zero_='self-pair kept') | dict.fromkeys('clamp clamp_min relu abs square sqrt rsqrt nan_to_num sort clone where'.split(), 'step left out')
+AXES = set('sum mean amax amin max min softmax logsumexp topk sort cumsum flatten unflatten movedim transpose unsqueeze squeeze cat stack '
+    'all any std var norm diagonal split gather argmax index_select index_add_ nanmean argsort vector_norm repeat_interleave'.split())
+
+def changes_of(node, in_axis):
+    "Yield (kind, new node) for every way to break a node of the syntax tree"
+    def but(**kwargs): return ast.copy_location(type(node)(**{k:kwargs.get(k, v) for k,v in ast.iter_fields(node)}), node)
+    if isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and type(node.op) in SWAPS:
+        kind,op = SWAPS[type(node.op)]
+        yield kind, but(op=op())
+    if isinstance(node, ast.Compare) and len(node.ops)==1 and type(node.ops[0]) in SWAPS:
+        kind,op = SWAPS[type(node.ops[0])]
+        yield kind, but(ops=[op()])
+    if isinstance(node, ast.UnaryOp) and not isinstance(node.operand, ast.Constant):
+        yield ('sign' if isinstance(node.op, ast.USub) else 'condition'), node.operand
+    if isinstance(node, ast.Attribute) and node.attr in TYPES: yield 'wrong type', but(attr=TYPES[node.attr])
+    if isinstance(node, ast.Attribute) and node.attr in NAMES: yield KINDS.get(node.attr, 'condition'), but(attr=NAMES[node.attr])
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEFT_OUT:
+        yield LEFT_OUT[node.func.attr], node.func.value
+    if isinstance(node, ast.Constant) and type(node.value) is bool: yield 'condition', but(value=not node.value)
+    elif isinstance(node, ast.Constant) and type(node.value) is int:
+        value = node.value
+        if in_axis: yield 'wrong axis', but(value=value-1 if value>0 else value+1)
+        else: yield 'off by one', but(value=value+1)
+    elif isinstance(node, ast.Constant) and type(node.value) is float: yield 'constant', but(value=2*node.value if node.value else 1.)
+    if isinstance(node, (ast.If, ast.IfExp)): yield 'condition', but(test=ast.UnaryOp(ast.Not(), node.test))
+    if isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant):
+        call = ast.Call(ast.Name('_without_gradient', ast.Load()), [node.value], [])
+        yield 'extra detach', but(value=call)
+    if isinstance(node, ast.AugAssign) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield 'step left out', ast.copy_location(ast.Pass(), node)
+
+GRADIENTS = [] # filled when an extra detach took a gradient away
+
+def without_gradient(value):
+    "What an extra detach makes of a result"
+    if getattr(value, 'requires_grad', False): GRADIENTS.append(True)
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list): return type(value)(map(without_gradient, value))
+    return value.detach() if hasattr(value, 'detach') else value
+
+def sites(function):
+    "Yield (parent, field, index, node, whether it names an axis) below a function: not in messages, annotations and defaults"
+    def walk(parent, in_axis=False):
+        for field,value in ast.iter_fields(parent):
+            if field in ('decorator_list', 'annotation', 'returns', 'args') and isinstance(parent, ast.FunctionDef): continue
+            for i,node in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if not isinstance(node, ast.AST) or isinstance(node, (ast.Raise, ast.JoinedStr, ast.Assert)): continue
+                name = parent.func.attr if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Attribute) else ''
+                axis = name in AXES and field=='args' or isinstance(parent, ast.keyword) and parent.arg in ('dim', 'axis')
+                axis = axis or in_axis and isinstance(parent, (ast.Tuple, ast.UnaryOp))
+                if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                    yield parent, field, i, node, axis
+                    yield from walk(node, axis)
+    yield from walk(function)
+
+def put(parent, field, i, node):
+    if i is None: setattr(parent, field, node)
+    else: getattr(parent, field)[i] = node
+
+def functions_of(tree):
+    "Yield (qualified name, node) of functions and methods"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef): yield node.name, node
+        if isinstance(node, ast.ClassDef):
+            for part in node.body:
+                if isinstance(part, ast.FunctionDef): yield f'{node.name}.{part.name}', part
+
+def short(node, longest=100):
+    text = ' '.join(ast.unparse(ast.fix_missing_locations(copy.deepcopy(node))).split())
+    return text if len(text)<=longest else text[:longest]+'…'
+
+def mutants_of(name, node):
+    "All (function, kind, what was, what is, code) of one function"
+    for parent,field,i,old,in_axis in list(sites(node)):
+        for kind,new in changes_of(old, in_axis):
+            put(parent, field, i, new)
+            mutated = ast.fix_missing_locations(copy.deepcopy(node))
+            before,after = short(old), short(new)
+            if isinstance(old, (ast.If, ast.IfExp)): before,after = short(old.test), short(new.test)
+            if isinstance(old, ast.Constant): before,after = f'{before} in {short_around(parent, old)}', after
+            put(parent, field, i, old)
+            yield dict(function=name, kind=kind, line=getattr(old, 'lineno', 0), before=before, after=after), mutated
+
+def short_around(parent, old): return short(parent, 60)
+
+def sample(mutants, n, chance):
+    "n of a function's mutants, of as many kinds as there are"
+    kinds = defaultdict(list)
+    for mutant in mutants: kinds[mutant[0]['kind']].append(mutant)
+    for group in kinds.values(): chance.shuffle(group)
+    groups = sorted(kinds.values(), key=lambda group: chance.random())
+    return [mutant for row in zip_longest(*groups) for mutant in row if mutant is not None][:n]
+
+def code_of(tree, name):
+    "Code of a function in a compiled module"
+    code = compile(tree, '<mutant>', 'exec')
+    for part in name.split('.'): code = next(c for c in code.co_consts if inspect.iscode(c) and c.co_name==part)
+    return code
+
+def target_of(module, name):
+    "The function itself, behind its decorators"
+    found = module
+    for part in name.split('.'): found = inspect.getattr_static(found, part)
+    while not inspect.isfunction(found):
+        found = getattr(found, '__wrapped__', None) or getattr(found, '__func__', None) or getattr(found, 'fget', None)
+    return inspect.unwrap(found)
+
+def in_a_fork(work, limit):
+    "What `work()` gives in a process of its own; None if it takes longer than `limit` seconds or dies"
+    read,write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.close(read)
+            os.setpgid(0, 0)
+            null = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2): os.dup2(null, stream)
+            with os.fdopen(write, 'w') as pipe: json.dump(work(), pipe)
+        finally: os._exit(0)
+    os.close(write)
+    text,end = b'',time.perf_counter()+limit
+    while (left := end-time.perf_counter())>0 and select.select([read], [], [], left)[0]:
+        part = os.read(read, 2**16)
+        if not part: break
+        text += part
+    os.close(read)
+    try: os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+    os.waitpid(pid, 0)
+    return json.loads(text) if text else None
+
+def failed(item, following):
+    "Whether a test fails"
+    from _pytest.runner import runtestprotocol
+    return any(report.failed for report in runtestprotocol(item, nextitem=following, log=False))
+
+def measured(items, file):
+    "How long each test takes, whether it fails, and which functions of a file it calls"
+    found = {}
+    for item,following in zip_longest(items, items[1:]):
+        called,start = set(),time.perf_counter()
+        def watch(frame, event, arg):
+            if event=='call' and frame.f_code.co_filename==file: called.add(frame.f_code.co_qualname.replace('.<locals>', ''))
+        sys.setprofile(watch)
+        fails = failed(item, following)
+        sys.setprofile(None)
+        found[item.nodeid] = time.perf_counter()-start,fails,sorted(called)
+    return found
+
+class Mutation:
+    "In place of pytest's loop over the tests: break functions one by one, and run the tests that call them until one fails"
+    def __init__(self, name, per, seed, only=None): self.name,self.per,self.seed,self.only = name,per,seed,only
+
+    def pytest_runtestloop(self, session):
+        module = importlib.import_module(f'phantom_nb.{self.name}')
+        module._without_gradient = without_gradient
+        tree,start = ast.parse(inspect.getsource(module)),time.perf_counter()
+        tests = in_a_fork(lambda: measured(session.items, module.__file__), 1800)
+        broken = [name for name,(_,fails,_) in tests.items() if fails]
+        if broken: raise SystemExit(f"{self.name}: tests fail as they are: {', '.join(broken[:5])}")
+        row = dict(module=self.name, functions=0, possible=0, tried=0, killed=0, per=self.per, seed=self.seed, survivors=[])
+        for function,node in functions_of(tree):
+            if any(part in function for part in PICTURES): continue
+            mutants = list(mutants_of(function, node))
+            if not mutants: continue
+            row['functions'] += 1
+            row['possible'] += len(mutants)
+            if self.only is None: mutants = sample(mutants, self.per, random.Random(f'{self.seed} {self.name} {function}'))
+            else: mutants = [(said, new) for said,new in mutants if [said[k] for k in KEY] in self.only]
+            chosen = self.tests_of(function, session.items, tests)
+            limit = 20+5*sum(tests[item.nodeid][0] for item in chosen)
+            for said,new in mutants:
+                found = in_a_fork(partial(attempt, module, tree, function, new, chosen, said['kind']=='extra detach'), limit)
+                if found=='no mutant': continue
+                row['tried'] += 1
+                if found=='survived': row['survivors'].append(said)
+                else: row['killed'] += 1
+                result = 'SURVIVED' if found=='survived' else 'out of time' if found is None else 'killed'
+                print(f"{self.name} {row['tried']}: {result}  {said['function']}:{said['line']} {said['kind']}: {said['before']} -> "
+                    f"{said['after']}", flush=True)
+        self.row = row | dict(seconds=round(time.perf_counter()-start), tests=sorted({Path(item.fspath).name for item in session.items}))
+        return True
+
+    def tests_of(self, function, items, tests):
+        "Tests that call a function, or something in it, short ones first; of a first pass only so many as fit the budget"
+        chosen = [item for item in items if any(f==function or f.startswith(function+'.') for f in tests[item.nodeid][2])]
+        chosen.sort(key=lambda item: tests[item.nodeid][0])
+        if self.only is not None: return chosen
+        total,first = 0.,[]
+        for item in chosen:
+            total += tests[item.nodeid][0]
+            if total>BUDGET and first: break
+            first.append(item)
+        return first
+
+def attempt(module, tree, function, new, items, detaches):
+    "Swap the code of a function, and run tests until one fails"
+    body = copy.deepcopy(tree)
+    dict(functions_of(body))[function].body = new.body
+    try: target_of(module, function).__code__ = code_of(body, function)
+    except ValueError: return 'no mutant' # it has other free variables
+    for item,following in zip_longest(items, items[1:]):
+        if failed(item, following): return 'killed'
+    return 'no mutant' if detaches and not GRADIENTS else 'survived' # nothing had a gradient to take away
+
+def score(name, per, seed, only=None):
+    "Break a module's functions `per` times each; a row that counts what was noticed and lists what was not"
+    import pytest
+    plugin = Mutation(name, per, seed, only)
+    files = [str(ROOT/'tests'/f'test_{part}.py') for part in TESTS[name].split()]
+    pytest.main(['-q', '-p', 'no:cacheprovider', '-m', 'not processes', *files], plugins=[plugin])
+    return plugin.row
+
+def read_rows(): return {row['module']:row for row in map(json.loads, RESULTS.read_text().splitlines())} if RESULTS.exists() else {}
+
+def write_row(row):
+    rows = read_rows() | {row['module']:row}
+    RESULTS.write_text(''.join(json.dumps(rows[name], ensure_ascii=False)+'\n' for name in sorted(rows)))
+
+def again(row):
+    "Try the survivors of a row once more"
+    keys = [[m[k] for k in KEY] for m in row['survivors']]
+    new = score(row['module'], row['per'], row['seed'], keys)
+    return row | dict(survivors=new['survivors'], killed=row['tried']-len(new['survivors']), tests=new['tests'])
+
+def main(args):
+    import hypothesis, torch
+    for name in ('fastai.vision.all', 'pandas', 'pytest', 'scipy.stats', 'sklearn.metrics'): importlib.import_module(name) # loaded once
+    sys.path.insert(0, str(ROOT/'tests'))
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    hypothesis.settings.register_profile('mutation', database=None, derandomize=True, deadline=None)
+    hypothesis.settings.load_profile('mutation')
+    per = int(args[args.index('--per')+1]) if '--per' in args else 10
+    names = [a for a in args if a in TESTS]
+    if '--survivors' in args:
+        for row in read_rows().values():
+            if row['survivors'] and (not names or row['module'] in names): write_row(again(row))
+        return
+    for name in names or TESTS: write_row(score(name, per, 0))
+
+if __name__=='__main__': main(sys.argv[1:])
