@@ -82,7 +82,7 @@ class attach:
 
     def __enter__(self): # the context itself, called as `penalty(y)`
         self._loop = loop = _Loop(self.model, self.total)
-        first = self.model.register_forward_pre_hook(self._before, prepend=True)
+        first = self.model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
         self._handles = [first, self.model.register_forward_hook(self._after)]
         try:
             for reg in self.regularizers:
@@ -106,9 +106,9 @@ class attach:
         self._loop = None
 
     def _watching(self): return torch.is_grad_enabled() and not self._loop.again
-    def _before(self, model, args):
+    def _before(self, model, args, kwargs):
         if not self._watching(): return
-        self._loop.xb = args
+        self._loop.xb = args or tuple(kwargs.values()) # Hugging Face gives all by name
         for reg in self.regularizers:
             reg.close() # of a forward pass that no penalty followed
             if reg.is_due(): reg.open()

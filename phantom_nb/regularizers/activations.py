@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core import ActivationRegularizer
 from ..floats import wide
+from ..hooks import compiled_words
 from ..measures.embeddings import as_embeddings, find_head
 
 # %% ../../nbs/regularizers/activations.ipynb #38a1a052
@@ -35,5 +36,6 @@ class AL2(ActivationRegularizer):
     def select(self): return dict([find_head(self.model, self.layers, getattr(getattr(self, 'dls', None), 'c', None))])
     def penalty(self):
         (name,head), = self.selected.items()
-        if name not in self.acts: raise ValueError(f"{name!r} has not run: AL2 needs a forward pass ahead of it")
+        if name not in self.acts: raise ValueError(f"{name!r} has not run: AL2 needs a forward pass ahead of it"
+            f"{compiled_words(self.model)}")
         return mean_square(as_embeddings(self.acts[name], head).float())

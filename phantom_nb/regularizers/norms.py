@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..checks import number
 from ..core import Regularizer
 from ..floats import length
-from ..hooks import catch
+from ..hooks import catch, compiled_words, is_compiled
 
 # %% ../../nbs/regularizers/norms.ipynb #546e0559
 def weight_norm(
@@ -73,6 +73,9 @@ class NormalizeAndProject(Regularizer):
         if not any(isinstance(m, NORMALISATIONS) for m in self.model.modules()):
             raise ValueError("the network has no normalisation: the length of every weight matters, "
                 "and none is projected")
+        if is_compiled(self.model):
+            raise ValueError("which layers stand in front of a normalisation is seen by hooks"
+                f"{compiled_words(self.model)}")
         for name,module in self.selected.items():
             if hasattr(module, 'parametrizations'):
                 raise ValueError(f"layer {name!r} is parametrized: its weight is computed anew each time, "
@@ -102,7 +105,9 @@ class NormalizeAndProject(Regularizer):
     def penalty(self): return torch.as_tensor(self._growth, dtype=torch.float32)
 
     def after_step(self):
-        if self.is_due() and self.pairs: self._project()
+        if self.is_due() and not self.pairs:
+            raise ValueError("no chosen layer stands right in front of a normalisation: nothing can be projected")
+        if self.is_due(): self._project()
         super().after_step()
 
     def _project(self):

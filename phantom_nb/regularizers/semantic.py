@@ -13,6 +13,7 @@ from fastai.callback.mixup import MixHandler
 from torch import Tensor
 
 from ..core import ActivationRegularizer
+from ..hooks import compiled_words
 from ..kinds import ReplacedLoss
 from ..measures.embeddings import as_embeddings, check_classes, class_members, find_head
 
@@ -86,10 +87,10 @@ class ISDA(ReplacedLoss, ActivationRegularizer):
 
     def select(self): return dict([find_head(self.model, self.layers, getattr(getattr(self, 'dls', None), 'c', None))])
 
-    def start(self):
     def forget(self):
         if not self._loaded: self.moments = None
 
+    def start(self):
         super().start()
         self._loaded = False
 
@@ -108,7 +109,8 @@ class ISDA(ReplacedLoss, ActivationRegularizer):
         (y,) = self.learn.yb if len(self.learn.yb)==1 else (None,)
         if y is None or y.is_floating_point() or y.numel()!=len(pred):
             raise ValueError(f"labels of type {getattr(y, 'dtype', None)}: ISDA needs one class an image, penalty(y)")
-        if name not in self.acts: raise ValueError(f"{name!r} has not run: ISDA needs a forward pass ahead of it")
+        if name not in self.acts: raise ValueError(f"{name!r} has not run: ISDA needs a forward pass ahead of it"
+            f"{compiled_words(self.model)}")
         y = y.as_subclass(Tensor).reshape(-1).long()
         z = as_embeddings(self.acts[name], head).float()
         weight = head.weight.flatten(1).float()

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..checks import one_of, whole
 from ..core import Regularizer
 from ..floats import unit
-from ..hooks import catch, is_compiled
+from ..hooks import catch, compiled_words, is_compiled
 
 # %% ../../nbs/regularizers/smoothness.ipynb #caa11e86
 def gradient_penalty(
@@ -91,7 +92,7 @@ class GradientPenalty(Regularizer):
     ):
         super().__init__(lam, every, layers)
         self.of = one_of('of', of, ('loss', 'logit'))
-        self._x = None
+        self._x = self._attention = None
 
     def setup(self):
         if is_compiled(self.model):
@@ -105,10 +106,13 @@ class GradientPenalty(Regularizer):
             raise ValueError(f"the network reads {kind}: GradientPenalty needs floating-point inputs")
         self._x,self._marked = x,not x.requires_grad
         x.requires_grad_()
+        self._attention = sdpa_kernel(SDPBackend.MATH) # fused attention has no second derivative
+        self._attention.__enter__()
 
     def close(self):
         if self._x is not None and self._marked: self._x.requires_grad_(False) # then no gradient is kept for the batch
-        self._x = None
+        if self._attention: self._attention.__exit__(None, None, None)
+        self._x = self._attention = None
 
     def penalty(self):
         if self._x is None: raise ValueError("no forward pass ahead of the penalty: call the network first")
@@ -158,7 +162,8 @@ class SpectralPenalty(Regularizer):
 
     def penalty(self):
         found = {name:module for name,module in self.selected.items() if name in self.shapes}
-        if not found: raise ValueError("none of the layers has run: SpectralPenalty needs a forward pass ahead of it")
+        if not found: raise ValueError("none of the layers has run: SpectralPenalty needs a forward pass ahead of it"
+            f"{compiled_words(self.model)}")
         follow = self._followed!=self.steps # once an optimizer step, however many micro-batches it has
         self._followed = self.steps
         return sum(self._norm(name, module, follow).square() for name,module in found.items())/2
