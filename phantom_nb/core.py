@@ -271,6 +271,10 @@ class Regularizer(TrainingCallback):
 
     def after_step(self):
         self.steps += 1
+        self.write_state()
+
+    def write_state(self)->None:
+        "Give the optimizer the state to carry."
         self._written = dict(state=self.state_dict(), stamp=secrets.randbits(60))
         if self.opt: _travelling_state(self.opt)[self.name] = self._written
 

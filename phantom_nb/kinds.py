@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .core import Regularizer, gradient_norm
 from .hooks import is_compiled
+from .processes import mean_over_processes, on_several_processes
 
 # %% ../nbs/kinds.ipynb #bea6a3e6
 class _Scalar(torch.autograd.Function):
@@ -69,11 +70,15 @@ class SecondPass(Regularizer):
         here = self._gradients(self.learn.loss, found, retain_graph=not self._alone, allow_unused=True)
         self._weights = [p for p,g in zip(found, here) if g is not None]
         self._here = [g for g in here if g is not None]
-        def gradients_at(displacement): return self._pass(self._weights, displacement)[1]
-        displacement = self.displacement(self._weights, self._here, gradients_at)
+        def gradients_at(displacement): return self._mean(self._pass(self._weights, displacement)[1])
+        displacement = self.displacement(self._weights, self._mean(self._here), gradients_at)
         loss,there = self._pass(self._weights, displacement)
         changes = [b-a for a,b in zip(self._here, there)]
         return scalar_with_gradients(loss-self.learn.loss.detach(), changes, self._weights)
+
+    def _mean(self, gradients):
+        "Gradients of the batches of all processes, so that they move the weights alike"
+        return mean_over_processes(gradients) if on_several_processes(self.learn.model) else gradients
 
     def only_chosen(self,
         weights:list, # parameters

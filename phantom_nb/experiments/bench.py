@@ -138,7 +138,7 @@ def _loop_row(run, root, device, seconds):
         return epochs
     programs = partial(learn.fit, 2), plain(torch.channels_last), plain(torch.contiguous_format)
     with tempfile.TemporaryDirectory() as folder:
-        Checkpoint(Path(folder)/'state.pth').resume(learn)
+        learn.add_cb(Checkpoint(Path(folder)/'state.pth'))
         ours_time,plain_time,first_time = best_seconds(*programs, seconds=seconds, rounds=6)
     row = dict(model=run.model, data=run.data, n=len(x), bs=run.bs, precision=run.precision)
     row |= dict(plain_ms=500*plain_time, ours_ms=500*ours_time, channels_first_ms=500*first_time)

@@ -7,7 +7,7 @@ __all__ = ['SETTLED', 'fit_run', 'train_run', 'run_one', 'name_images', 'settle_
            'make_learner', 'evaluate', 'provenance', 'Checkpoint', 'spread', 'write_rows', 'save_results']
 
 # %% ../../nbs/experiments/runner.ipynb #0475a2a1
-import json, math, tempfile, time
+import json, math, tempfile, time, warnings
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -22,7 +22,7 @@ from ..checks import one_of
 from ..data.images import folder_digest
 from ..data.readers import is_folder
 from ..data.registry import PHOTOS
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, CheckpointError, remove_checkpoint
 from .engines import ENGINES, spread
 from .learner import NoValidation, StopAtLoss, evaluate, faster_precision # chkstyle: ignore-node
 from .learner import make_learner, measure_learner, provenance
@@ -49,7 +49,7 @@ def fit_run(
         if trace:
             from phantom_nb.experiments.traces import fit_traced # it imports the monitors
             found['trace'] = fit_traced(learn, run, trace)
-        else: learn.fit(run.epochs, start_epoch=checkpoint.resume(learn))
+        else: learn.fit(run.epochs, cbs=checkpoint)
     found['seconds'] = checkpoint.seconds()
     if checkpoint.paused: return 'paused', {}, learn.dls.device
     found |= measure_learner(learn, run)
@@ -63,14 +63,19 @@ def train_run(
     run:Run, # what to train
     root:str|Path|None=None, # folder to look for the data first
     device:str|torch.device|None=None, # None for the GPU if there is one
-    checkpoint:str|Path|None=None, # file to keep the state in between epochs; None for a temporary one
+    checkpoint:str|Path|None=None, # file to keep the state in; None for a temporary one
     deadline:float=math.inf, # Unix time (seconds) after which it stops at the end of an epoch
     trace:str='' # '', or what to keep of every epoch: 'means', 'layers'
 )->dict: # the result's row: fields of `run`, key, status, metrics, provenance
     "Train a run and return its row; errors other than an interrupt become status 'failed' (ours)."
     with tempfile.TemporaryDirectory() as folder:
-        saved = Checkpoint(checkpoint or f'{folder}/state.pth', deadline)
-        try: status,found,device = fit_run(run, root, device, saved, trace)
+        path,fit = checkpoint or f'{folder}/state.pth',partial(fit_run, run, root, device, trace=trace)
+        try:
+            try: status,found,device = fit(Checkpoint(path, deadline))
+            except CheckpointError as e:
+                warnings.warn(f"{run.name} begins anew: {e}", stacklevel=2)
+                remove_checkpoint(path)
+                status,found,device = fit(Checkpoint(path, deadline))
         except Exception as e: status,found,device = 'failed', dict(error=f"{type(e).__name__}: {e}"), device or 'cpu'
     row = {**asdict(run), 'settings':dict(run.settings), 'key':run.key, 'status':status, **found, **provenance(device)}
     return {k:None if isinstance(v, float) and not math.isfinite(v) else v for k,v in row.items()}
@@ -101,7 +106,8 @@ def run_one(
             row = train_run(run, root, device, state, deadline, trace)
             if row['status']=='paused': return None
             write_row(path, row)
-            for left in (state, Path(lock.lock_file)): left.unlink(missing_ok=True)
+            remove_checkpoint(state)
+            Path(lock.lock_file).unlink(missing_ok=True)
             return row
     except Timeout: return None
 

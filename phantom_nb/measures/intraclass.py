@@ -152,6 +152,18 @@ class IntraclassMonitor(TrainingCallback):
 
     def after_fit(self): self._sample = None # images are not kept
 
+    def state_dict(self)->dict: # tables as lists
+        "Give what a training that goes on must find again."
+        tables = {epoch:table.to_dict('split') for epoch,table in self.tables.items()}
+        return dict(rows=self.rows, acts=self.acts, tables=tables)
+
+    def load_state_dict(self,
+        state:dict # as `state_dict` gave
+    ):
+        "Go on with a record, in a fit that has begun."
+        self.rows,self.acts = state['rows'],state['acts']
+        self.tables = {epoch:pd.DataFrame(**table) for epoch,table in state['tables'].items()}
+
     def to_frame(self)->pd.DataFrame: # epoch, accuracy on the sample in [0,1], measures of the network
         "Tabulate the measures of the last fit, a row a measured epoch (0: before training)."
         return pd.DataFrame(self.rows)

@@ -181,6 +181,16 @@ class SparsityMeter:
             self.top = np.maximum(self.top, top)
         self.n += n
 
+    def state_dict(self)->dict: # numbers and tensors
+        "Give the sums so far (PyTorch's name)."
+        return {k:torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k,v in vars(self).items()}
+
+    def load_state_dict(self,
+        state:dict # as `state_dict` gave
+    ):
+        "Take up sums, and add to them from here on."
+        vars(self).update({k:v.numpy() if isinstance(v, Tensor) else v for k,v in state.items()})
+
     def filters(self)->np.ndarray: # (C,) in [0,1]
         "Give every channel's sparsity over all samples (eq. 6)."
         s,q,alive = self.sums

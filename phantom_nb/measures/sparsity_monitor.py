@@ -254,6 +254,18 @@ class LayerMeters:
         "Raise a `ValueError` that says what to do if no activation was seen."
         if not self.found: raise self.watched.nothing_seen()
 
+    def state_dict(self)->dict: # split -> layer -> state of its meter
+        "Give what was measured since the last reading."
+        return {split:{name:meter.state_dict() for name,meter in meters.items()} for split,meters in self.found.items()}
+
+    def load_state_dict(self,
+        state:dict # as `state_dict` gave
+    ):
+        "Take up what was measured."
+        self.found = {split:{name:SparsityMeter() for name in meters} for split,meters in state.items()}
+        for split,meters in self.found.items():
+            for name,meter in meters.items(): meter.load_state_dict(state[split][name])
+
     def read(self)->list: # a dict a split and layer: split, layer, and the measures of `measure_sparsity`
         "Read all meters, and begin anew."
         rows = [dict(split=split, layer=name, **meter.values())
@@ -353,6 +365,22 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
         self._sums = {}
 
     def after_fit(self): self._on = False
+
+    # In a training that is stopped and goes on
+    def state_dict(self)->dict: # record, and what this epoch has seen so far
+        "Give what a training that goes on must find again."
+        sums = {split:(torch.stack([loss for loss,_ in batches]), [n for _,n in batches])
+            for split,batches in self._sums.items()}
+        return dict(rows=self.rows, losses=self.losses, sums=sums, meters=self.meters.state_dict())
+
+    def load_state_dict(self,
+        state:dict # as `state_dict` gave
+    ):
+        "Go on with a record, in a fit that has begun."
+        self.rows,self.losses = state['rows'],state['losses']
+        self._sums = {split:list(zip(losses.unbind(), ns)) for split,(losses,ns) in state['sums'].items()}
+        self.meters.load_state_dict(state['meters'])
+        self._new = False
 
     # In any other loop
     @contextmanager

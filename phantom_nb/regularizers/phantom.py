@@ -17,14 +17,15 @@ from fastai.layers import NoneReduce
 from fastcore.basics import store_attr
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DataParallel
 
 from ..checks import whole
 from ..core import Regularizer
-from ..hooks import catch
+from ..hooks import catch, compiled_words
 from ..measures.embeddings import apply_head, as_embeddings, find_head
 from ..measures.embeddings import interclass_similarity # chkstyle: ignore
 from ..measures.embeddings import n_outputs
+from ..processes import gather_equal, on_several_processes
 from .phantoms import MODES, check_form, class_counts, phantom_loss # chkstyle: ignore
 from .phantoms import class_phantoms, combine_with_phantoms # chkstyle: ignore
 from .phantoms import phantom_embeddings # chkstyle: ignore
@@ -115,20 +116,6 @@ class ClassQueue:
         return queue
 
 # %% ../../nbs/regularizers/phantom.ipynb #39f09d24
-class _Gather(torch.autograd.Function):
-    "Rows of all processes, of equal number; the gradient of a process's own rows is summed over the processes"
-    @staticmethod
-    def forward(ctx, z):
-        parts = [torch.empty_like(z) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(parts, z.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        distributed.all_reduce(gradient)
-        return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
-
 def gather_batch(
     z:Tensor, # (B,D) embeddings of this process
     y:Tensor # (B,) classes, or (B,C) shares
@@ -142,7 +129,7 @@ def gather_batch(
     y = F.pad(y, (0,missing), value=-1) if y.ndim==1 else F.pad(y, (0,0,0,missing))
     labels = [torch.empty_like(y) for _ in sizes]
     distributed.all_gather(labels, y.contiguous())
-    return _Gather.apply(z), torch.cat(labels)
+    return gather_equal(z), torch.cat(labels)
 
 # %% ../../nbs/regularizers/phantom.ipynb #8550a1e5
 class EmbeddingRegularizer(Regularizer):
@@ -181,14 +168,14 @@ class EmbeddingRegularizer(Regularizer):
         (name,head), = self.selected.items()
         if len(self.seen)!=1:
             raise ValueError(f"{name!r} was applied {len(self.seen)} times since the last penalty: call the network "
-                "once ahead of each, or name another head, whose inputs are the embeddings")
+                "once ahead of each, or name another head, whose inputs are the embeddings"
+                f"{compiled_words(self.model)}")
         z,y = as_embeddings(self.seen[0], head).float(),read_labels(self.learn.yb)
         n_classes = y.shape[1] if y.ndim==2 else self._n_outputs(head)
         mixers = [m for m in self.mixers() if m.stack_y]
         if mixers and y.ndim==1: y = mixed_shares(y, mixers[0], n_classes)
         if len(z)!=len(y): raise ValueError(f"the head read {len(z)} rows for {len(y)} labels: name another head")
-        together = any(isinstance(m, DistributedDataParallel) for m in self.learn.model.modules())
-        if together: z,y = gather_batch(z, y)
+        if on_several_processes(self.learn.model): z,y = gather_batch(z, y)
         return z, y, n_classes
 
     def _n_outputs(self, head):
@@ -219,9 +206,6 @@ class PhantomEmbeddings(EmbeddingRegularizer):
         tau:float=.3, # for 'contrast' and 'pairs': temperature, > 0
         queue:int=0, # past embeddings kept of each class, >= 0, for batches that hold few of a class
         head:str|nn.Module|Callable|None=None, # the layer whose input is regularized, see `find_head`; None: classifier
-    def forget(self):
-        if not self._loaded: self.memory = None
-
         seed:int=0, # of the generator that phantoms are drawn from, >= 0
         every:int=1, # steps from one penalty to the next, >= 1
         layers:type|str|Callable|list|None=None, # the same as `head`, by the base class's name
@@ -235,6 +219,9 @@ class PhantomEmbeddings(EmbeddingRegularizer):
         self.gen = torch.Generator().manual_seed(whole('seed', seed, at_least=0))
         self.memory = None # `ClassQueue`, made with the first batch
         self._loaded = False # whether the memory is one that a fit goes on with
+
+    def forget(self):
+        if not self._loaded: self.memory = None
 
     def start(self):
         super().start()

@@ -16,6 +16,7 @@ from ..core import ActivationRegularizer
 from ..hooks import compiled_words
 from ..kinds import ReplacedLoss
 from ..measures.embeddings import as_embeddings, check_classes, class_members, find_head
+from ..processes import gather_rows, on_several_processes
 
 # %% ../../nbs/regularizers/semantic.ipynb #b843e175
 def isda_logits(
@@ -115,7 +116,9 @@ class ISDA(ReplacedLoss, ActivationRegularizer):
         z = as_embeddings(self.acts[name], head).float()
         weight = head.weight.flatten(1).float()
         moments = self.moments and [m.to(z.device) for m in self.moments]
-        self.moments = merge_moments(moments, z, y, len(weight), self.diagonal)
+        together = on_several_processes(self.learn.model)
+        seen = [gather_rows(rows) for rows in (z.detach(), y)] if together else (z, y)
+        self.moments = merge_moments(moments, *seen, len(weight), self.diagonal)
         return isda_logits(pred, y, weight, self.moments[2], lam) if lam else pred
 
     def state_dict(self): return super().state_dict() | dict(moments=self.moments)

@@ -19,6 +19,7 @@ from ..measures.sparsity import ACTIVATIONS, OVER, ActivationWatch, activation_l
 from ..measures.sparsity import dead_units, filter_correlation # chkstyle: ignore-node
 from ..measures.sparsity import measure_sparsity, perplexity, sparsity # chkstyle: ignore-node
 from ..measures.sparsity_monitor import SparsityMonitor, overfit_onset # chkstyle: ignore-node
+from ..processes import gather_rows, on_several_processes
 
 _all_ = ['activation_sparsity', 'dead_units', 'filter_correlation', 'measure_sparsity', 'perplexity', 'sparsity',
     'SparsityMonitor', 'overfit_onset']
@@ -84,6 +85,8 @@ class TargetedSparsity(Regularizer):
         self.chosen = [] # names aimed at; empty for all that are watched
         self.history = {} # name -> mean sparsity of every epoch, for 'auto'
         self.outputs = {} # name -> (copy of this batch's activations, axis of their channels)
+        self._epoch,self._names = [],[]
+        self._together = False
         self._loaded = None
         self._hooks = None
 
@@ -98,10 +101,14 @@ class TargetedSparsity(Regularizer):
     def setup(self):
         if is_compiled(self.model):
             raise ValueError("TargetedSparsity reads activations, which compiled code hides: train it without compile")
+        # what is measured over samples needs those of all processes
+        needed = self.over=='samples' or self.correlation
+        self._together = bool(needed) and on_several_processes(self.learn.model)
         loaded,self._loaded = self._loaded or {},None
         self.chosen = list(loaded.get('chosen', []))
         self.history = {name:list(values) for name,values in loaded.get('history', {}).items()}
-        self._epoch = [] # sparsities of this epoch's batches
+        self._epoch = list(loaded.get('epoch', [])) # sparsities of this epoch's batches
+        self._names = list(loaded.get('names', [])) # of the layers that they belong to
 
     # Every batch
     def open(self):
@@ -130,6 +137,7 @@ class TargetedSparsity(Regularizer):
         for name,(a,dim) in self.outputs.items():
             if self.act is not None: a = self.act(a)
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in aim):
+                if self._together: a = gather_rows(a)
                 rho = filter_correlation(a, dim) if self.correlation else 0.
                 measured[name] = (activation_sparsity(a, self.over, dim), rho)
         return measured
@@ -139,7 +147,7 @@ class TargetedSparsity(Regularizer):
         if not self.outputs: raise self.watched.nothing_seen()
         measured = self.sparsities()
         if self.layers=='auto': self._epoch.append(torch.stack([s.detach() for s,rho in measured.values()]))
-        self._names = list(measured)
+        self._names[:] = measured
         excess = [(s-self.target).relu()+self.correlation*rho for s,rho in map(measured.get, self.aimed_at())]
         return torch.stack(excess).mean()
 
@@ -153,15 +161,15 @@ class TargetedSparsity(Regularizer):
         if self.layers!='auto' or not self._epoch: return
         means = torch.stack(self._epoch).mean(0).tolist()
         for name,s in zip(self._names, means): self.history.setdefault(name, []).append(s)
-        self._epoch = []
+        self._epoch.clear()
         n_epochs = len(next(iter(self.history.values())))
         if n_epochs%self.rechoose==0: self.chosen[:] = fastest_rising(self.history, self.rechoose)
 
     # What is saved
-    def state_dict(self)->dict: # steps, and for 'auto' the layers aimed at and their history
+    def state_dict(self)->dict: # steps, and for 'auto' what it has seen
         # the lists themselves, not copies: what `end_epoch` adds to them is in the state of the last step, too
-        own = dict(chosen=self.chosen, history=self.history) if self.layers=='auto' else {}
-        return super().state_dict() | own
+        own = dict(chosen=self.chosen, history=self.history, epoch=self._epoch, names=self._names)
+        return super().state_dict() | (own if self.layers=='auto' else {})
 
     def load_state_dict(self,
         state:dict # as `state_dict` gave
