@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/'results'/'mutation.jsonl'
-BUDGET = 8. # seconds of tests that a change has to pass at first; what survives is tried again with all of them
+BUDGET = 5. # seconds of tests that a change has to pass at first; what survives is tried again with all of them
 KEY = 'function','kind','before','after'
 TESTS = {'regularizers.energy':'hyperspherical', 'regularizers.projections':'projections', 'regularizers.comhe':'projections',
     'regularizers.phantoms':'phantom numbers', 'regularizers.phantom':'phantom', 'regularizers.sparsity':'sparsity',
@@ -112,15 +112,13 @@ def mutants_of(name, node):
     "All (function, kind, what was, what is, code) of one function"
     for parent,field,i,old,in_axis in list(sites(node)):
         for kind,new in changes_of(old, in_axis):
-            put(parent, field, i, new)
-            mutated = ast.fix_missing_locations(copy.deepcopy(node))
             before,after = short(old), short(new)
             if isinstance(old, (ast.If, ast.IfExp)): before,after = short(old.test), short(new.test)
-            if isinstance(old, ast.Constant): before,after = f'{before} in {short_around(parent, old)}', after
+            if isinstance(old, ast.Constant): before = f'{before} in {short(parent, 60)}'
+            put(parent, field, i, new)
+            mutated = ast.fix_missing_locations(copy.deepcopy(node))
             put(parent, field, i, old)
             yield dict(function=name, kind=kind, line=getattr(old, 'lineno', 0), before=before, after=after), mutated
-
-def short_around(parent, old): return short(parent, 60)
 
 def sample(mutants, n, chance):
     "n of a function's mutants, of as many kinds as there are"
@@ -253,7 +251,7 @@ def score(name, per, seed, only=None):
 def read_rows(): return {row['module']:row for row in map(json.loads, RESULTS.read_text().splitlines())} if RESULTS.exists() else {}
 
 def write_row(row):
-    rows = read_rows() | {row['module']:row}
+    rows = read_rows() | {row['module']:row} # read again just before: another module may have ended meanwhile
     RESULTS.write_text(''.join(json.dumps(rows[name], ensure_ascii=False)+'\n' for name in sorted(rows)))
 
 def again(row):

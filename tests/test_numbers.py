@@ -85,6 +85,13 @@ def test_types_against_float64(name, dtype, n, seed):
     near = hyperspherical_energy(z.double(), half_space=True)/n**2 if 'energy' in name else 1 # of near rows, digits are lost
     assert value.isfinite() and abs(value-exact)<=TYPES[dtype]*max(1, abs(exact))*max(1, near)
 
+@pytest.mark.parametrize('name', FREE)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_in_half_precision_are_those_of_float32(name, dtype):
+    "Rounded once, when they come back: by a half unit in the last of eleven or eight binary places"
+    z,y = randn(12, 8).to(dtype),classes(12)
+    for a,b in zip(*(value_and_gradient(FREE[name], x, y)[1] for x in (z, z.float()))): assert (a-b).norm()<=2*torch.finfo(dtype).eps*b.norm()+1e-4
+
 @few
 @given(name=st.sampled_from(list(FREE)+list(MEASURES)), seed=SEEDS)
 def test_order_and_layout_do_not_matter(name, seed):
