@@ -1,6 +1,5 @@
 "The list of what waits for a GPU: what is done, and what is written"
-import shutil
-from functools import partial
+import os, shutil
 from io import StringIO
 from pathlib import Path
 
@@ -43,9 +42,33 @@ def test_another_machine_goes_on_from_the_recorded_rows(folder, monkeypatch):
     trained = []
     train_run = runner.train_run
     monkeypatch.setattr(runner, 'train_run', lambda run, *args, **kwargs: trained.append(run.key) or train_run(run, *args, **kwargs))
-    monkeypatch.setattr(gpu, 'run_sweep', partial(gpu.run_sweep, jobs=1))
+    run_sweep = gpu.run_sweep
+    monkeypatch.setattr(gpu, 'run_sweep', lambda *args, **kwargs: run_sweep(*args, **kwargs | dict(jobs=1)))
     assert gpu.run_piece(PIECE, folder, Console(file=StringIO()))
     assert trained==[rows.key.iloc[3]] and len(load_results(folder/'small.jsonl'))==4
+
+@pytest.mark.parametrize('code', [0, 1])
+def test_the_service_is_ended_if_it_was_started_here(tmp_path, monkeypatch, code):
+    "A stand-in on the path notes how it is called; after an error, too"
+    said,fake = tmp_path/'said',tmp_path/gpu.SERVICE
+    fake.write_text(f'#!/bin/sh\nif [ "$1" = -d ]; then echo start >> {said}; exit {code}; fi\ncat >> {said}\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(KeyError):
+        with gpu.shared_gpu():
+            assert said.read_text()=='start\n'
+            raise KeyError
+    assert said.read_text()==('start\nquit\n' if code==0 else 'start\n')
+
+def test_without_the_service_nothing_is_started(monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    with gpu.shared_gpu(): pass
+
+def test_jobs_leave_a_core(monkeypatch):
+    monkeypatch.setattr(gpu.joblib, 'cpu_count', lambda **kwargs: 16)
+    assert gpu.jobs_of_a_piece() is None
+    monkeypatch.setattr(gpu.torch.cuda, 'is_available', lambda: True)
+    assert gpu.jobs_of_a_piece()==15
 
 def test_benchmarks_are_done_when_there_are_rows(tmp_path, monkeypatch):
     piece = gpu.PIECES['step']
