@@ -337,13 +337,16 @@ class Checkpoint(TrainingCallback):
     def after_step(self): self._stepped = True
 
     def after_batch(self):
-        if self._on and self._stepped and self._is_due(): self._save(self.epoch, self.iter+1)
+        if self._on and self._stepped and self._is_due():
+            self._write_states()
+            self._save(self.epoch, self.iter+1)
         self._stepped = False
 
     def after_epoch(self):
         if not self._on: return
         if self.epoch<self.start: self._wake()
         elif self._in_epoch:
+            self._write_states() # an epoch's end may have changed them
             done = self.epoch+1
             self.paused = time.time()>self.deadline and done<self.n_epoch
             if self.paused or (done<self.n_epoch and self._is_due()): self._save(done)
@@ -368,9 +371,11 @@ class Checkpoint(TrainingCallback):
         passed = time.perf_counter()-self._saved
         return passed>=self.interval and (not self.interval or passed>=20*self._took)
 
+    def _write_states(self):
+        for cb in self.learn.cbs.filter(risinstance(Regularizer)): cb.write_state()
+
     def _save(self, epoch, batch=0, ended=False):
         start = time.perf_counter()
-        for cb in self.learn.cbs.filter(risinstance(Regularizer)): cb.write_state()
         scaler = getattr(self.learn, 'scaler', None)
         told = {k:storable(getattr(self.learn, k)) for k in ('epoch','train_iter','pct_train','smooth_loss')
             if hasattr(self.learn, k)}
