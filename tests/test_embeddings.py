@@ -8,7 +8,8 @@ from torch import nn
 
 from phantom_nb.data import get_dls
 from phantom_nb.measures.embeddings import (apply_head, as_embeddings, class_means, directions, embedding_metrics, embeddings_of, find_head,
-    class_margins, interclass_similarity, lookalike_margin, lookalike_pairs, nearest_class_similarity, watch_head, within_class_share)
+    check_batch, class_margins, interclass_similarity, lookalike_margin, lookalike_pairs, nearest_class_similarity, refuse_if, watch_head,
+    within_class_share)
 from phantom_nb.models import MODELS, create_model
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=14)
@@ -177,3 +178,43 @@ def test_measures_at_their_extremes():
     assert interclass_similarity(torch.ones(3, 2), torch.zeros(3, dtype=torch.long))==0
     m = embedding_metrics(corners, corners.roll(1, 0), y)
     assert m['confusion']==[[0,0,4],[4,0,0],[0,4,0]] and embedding_metrics(corners, torch.ones(12, 21), y).keys()=={'similarity','nearest','within','margin'}
+
+# What broken code has shown to be untested
+
+def test_long_lists_of_layers_are_cut_to_the_last_eight():
+    model = nn.ModuleDict({f'l{i}':nn.Linear(4, 2+i) for i in range(11)})
+    with pytest.raises(ValueError) as e: find_head(model, n_out=99)
+    assert "there are: ..., 'l3' (5), " in str(e.value) and "'l10' (12)" in str(e.value) and "'l2'" not in str(e.value)
+
+def test_the_head_passes_gradients_and_watching_it_keeps_none():
+    head,z = nn.Linear(3, 2),torch.randn(4, 3, generator=gen(), requires_grad=True)
+    assert (torch.autograd.grad(apply_head(head, z).sum(), z)[0]==head.weight.sum(0)).all()
+    net = nn.Sequential(head)
+    with watch_head(net) as seen: net(z)
+    assert [t.requires_grad for t in seen[0]]==[False, False]
+
+def test_classes_are_computed_in_64_bits():
+    assert check_batch(torch.ones(2, 3), torch.arange(2, dtype=torch.int8))[1].dtype==torch.long
+
+def test_a_gpu_is_told_to_stop_by_itself(monkeypatch):
+    "One wrong label among right ones; the device gets the condition, and nobody waits"
+    told = []
+    monkeypatch.setattr(torch, '_assert_async', lambda right, message: told.append((right.shape, right.device.type)))
+    class Wrong:
+        "A tensor on a device"
+        device = torch.device('cuda')
+        def __init__(self, x): self.x = x
+        def any(self): return self.x.any()
+    refuse_if(Wrong(torch.tensor([True, False])), 'no')
+    assert told==[(torch.Size([]), 'cpu')]
+    monkeypatch.setattr(torch, '_assert_async', lambda right, message: told.append(right.item()))
+    for wrong in ([True, False], [False, False]): refuse_if(Wrong(torch.tensor(wrong)), 'no')
+    assert told[1:]==[False, True]
+
+def test_wrong_labels_of_many_classes_are_refused_too():
+    z,y = batch([0,1,2,30])
+    with pytest.raises(ValueError, match='class 30, n_classes=25: classes are 0 to 24'): embedding_metrics(z, torch.ones(4, 25), y)
+
+def test_pairs_that_look_alike_are_those_with_the_highest_cosines():
+    m = torch.tensor([[1.,0.,0.], [.9,.1,0.], [0.,1.,0.], [0.,0.,1.]])
+    assert lookalike_pairs(m, torch.arange(4)).nonzero().tolist()==[[0,1],[1,0]]
