@@ -83,3 +83,28 @@ def test_soft_labels_in_a_plain_loop_are_refused():
         model(x)
         with pytest.raises(ValueError, match='one class an image'): penalty(torch.rand(5, 3))
     with pytest.raises(ValueError, match='give total='): attach(model, ISDA())
+
+def test_moments_keep_no_gradient():
+    z = torch.randn(6, 3, requires_grad=True)
+    moments = merge_moments(None, z, torch.arange(6)%2, 2)
+    assert not any(m.requires_grad for m in (*moments, *merge_moments(moments, z, torch.arange(6)%2, 2)))
+
+def test_a_loaded_fit_goes_on_with_its_moments(tmp_path):
+    "Twice as many images are counted as in a fit of its own"
+    first = fit(ISDA(.5), path=tmp_path)
+    first.save('state')
+    learn = Learner(first.dls, first.model, opt_func=SGD, lr=.1, cbs=[ISDA(.5)], path=tmp_path)
+    learn.logger,learn.create_mbar = (lambda *_: None),False
+    learn.load('state')
+    with learn.no_bar(): learn.fit(1)
+    assert learn.isda.moments[0].sum()==128
+    with learn.no_bar(): learn.fit(1)
+    assert learn.isda.moments[0].sum()==64
+
+@pytest.mark.parametrize('n', [3, 12])
+def test_rounding_lowers_no_logit(n):
+    "Four classes with equal weights in the diagonal form, where the variance is a difference of large equal sums"
+    gen = torch.Generator().manual_seed(0)
+    weight = 1e3*torch.randn(1, 40, generator=gen)*torch.tensor([[1.],[1.],[1.],[1.],[-3.]])
+    moved = isda_logits(torch.zeros(n, 5), torch.arange(n)%4, weight, torch.rand(5, 40, generator=gen), .5)
+    assert (moved>=0).all() and (moved[:,4]>0).all()
