@@ -1,6 +1,6 @@
 "The diagnosis of a trained network: rules, bands, the page, the command"
 import json, math, re, time
-import numpy as np, pandas as pd, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from fastai.basics import Learner
 from test_project import ROOT
 from torch import nn
@@ -49,6 +49,34 @@ def test_the_page_holds_everything_in_itself(trained, tmp_path):
     assert '<b>mine</b>' not in text and not re.findall(r'(?:src|href)="(?!data:)', text)
     assert text.count('<img alt="')==len(panels_of(found)) and len(text)<1_500_000 and picture.stat().st_size>1000
 
+def test_curves_say_when_over_fitting_begins(trained):
+    "Losses with a turn at the fifth epoch, and accuracy: the page marks the epoch that the sentence names"
+    from phantom_nb.experiments.diagnose import onset_of
+    from phantom_nb.experiments.diagnosis_page import draw_curves
+    loss = [2, 1.5, 1.1, .9, .8, .85, .95, 1.05, 1.2, 1.3, 1.4, 1.5]
+    curves = pd.DataFrame(dict(train_loss=[v/2 for v in loss], valid_loss=loss, accuracy=[.5]*12))
+    found = diagnose(trained, curves=curves)
+    assert onset_of(found)==5 and any('lowest at epoch 6 of 12' in f.fact for f in found.findings) # the mean of five, off by one here
+    fig,ax = plt.subplots()
+    draw_curves(ax, found)
+    assert 'onset: 6' in [text.get_text() for text in ax.get_legend().get_texts()] and len(fig.axes)==2
+    assert onset_of(diagnose(trained, curves=curves.assign(valid_loss=sorted(loss, reverse=True)))) is None
+    plt.close(fig)
+
+def test_a_learners_accuracy_is_read_from_its_record():
+    from fastai.metrics import accuracy, error_rate
+    learn = make_learner(Run(epochs=2, n_train=100, n_valid=100), device='cpu')
+    learn = Learner(learn.dls, learn.model, metrics=[error_rate, accuracy])
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    curves = diagnose(learn).curves
+    assert list(curves)==['train_loss','valid_loss','accuracy'] and curves.accuracy.tolist()==[row[3] for row in learn.recorder.values]
+
+def test_similar_classes_are_shown(trained):
+    found = diagnose(trained)
+    cosines = found.valid['cosines']
+    assert cosines.shape==(10, 10) and cosines.diagonal().isnan().all() and torch.allclose(cosines.nanmean(), torch.tensor(found.quantities['similarity']), atol=1e-5)
+    assert {'similarity','norms'}<=panels_of(found).keys()
+
 @pytest.mark.processes # alone, for its time
 def test_under_a_minute_for_resnet18():
     start = time.perf_counter()
@@ -74,16 +102,24 @@ def test_bands_of_the_package_are_those_of_the_rows():
     for told in table.values():
         assert told['networks']>=20 and told['settings']
         assert all(len(told[q])==len(LEVELS) and sorted(told[q])==told[q] for q in QUANTITIES)
-    for group,n in {'up to 300':200, '300 to 3,000':1000}.items(): assert load_bands(n)['group']==group
+    few,many,small,large = 'up to 300 images', '300 to 3,000 images', 'up to 300,000 parameters', 'more than 300,000 parameters'
+    for n,params,group in ((200, 20_000, (few, small)), (200, 11_000_000, (few, large)), (1000, 11_000_000, (many, large))):
+        assert load_bands(n, params)['group']==', '.join(group)
 
 def test_a_band_needs_twenty_networks():
-    row = dict(status='done', key='k', data='d', model='m', n_train=1000, label_noise=0., train_accuracy=1., valid_accuracy=.6,
+    row = dict(status='done', key='k', data='d', model='m', n_train=1000, params=1e6, label_noise=0., train_accuracy=1., valid_accuracy=.6,
         valid_ece=.2, valid_similarity=.5, valid_margin=.1, net_energy=1., net_sparsity=.3, net_dead=0., net_c3=1.2, net_c4=1.5, net_norm=100.)
     few = pd.DataFrame([row|dict(key=str(i)) for i in range(19)])
     assert reference_bands(few)=={}
     many = pd.DataFrame([row|dict(key=str(i), valid_accuracy=.5+i/1000) for i in range(100)])
     told, = reference_bands(many).values()
     assert told['networks']==60 and told['gap'][0]>told['gap'][-1]-.1
+    tested = many.assign(accuracy=many.valid_accuracy, valid_accuracy=math.nan, ece=.3, valid_ece=math.nan)
+    again, = reference_bands(tested).values()
+    assert again['gap']==told['gap'] and set(again['ece'])=={.3} # judged on test images
+    sizes = reference_bands(many.assign(params=[1e4]*50+[1e7]*50, model=['small']*50+['large']*50))
+    assert list(sizes)==[f'300 to 3,000 images, {size} parameters' for size in ('up to 300,000', 'more than 300,000')]
+    assert all(told['networks']==50 for told in sizes.values())
 
 def test_confusions_name_pairs_once():
     y = torch.tensor([0]*10+[1]*10+[2]*10)
