@@ -36,7 +36,8 @@ def unit(
     largest = x.detach().abs().amax()
     x = x/largest.masked_fill(largest<NOTHING, math.inf)
     square = x.square().sum(dim, keepdim=True)
-    return x*(square+1e-12).rsqrt().masked_fill(square==0, 0)
+    lift = 1e-24 if x.dtype==torch.float64 else 1e-12
+    return x*(square+lift).rsqrt().masked_fill(square==0, 0)
 
 # %% ../nbs/floats.ipynb #5f186e5d
 def unit_together(
