@@ -1,4 +1,7 @@
 "Reports in words, tables and pictures; rows are filtered and told apart"
+import json
+from dataclasses import asdict
+
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from matplotlib.colors import to_rgba
 from pathlib import Path
@@ -212,6 +215,23 @@ def test_the_front_figure_draws_every_setting_and_says_what_was_not_run(tmp_path
     assert axs.shape==(1,2) and words==[['+0.3','+2.0'], ['not run','+0.0']] and (tmp_path/'front.png').stat().st_size>5000
     assert [ax.get_title(loc='left') for ax in axs.flat]==['setting a','setting b'] and list(tick_names(axs[0,0]).values())==['other','good']
     assert axs[0,0].lines[-1].get_color()==BETTER
+
+def test_one_lucky_seed_is_not_the_best_method():
+    "A method of which two runs failed is shown, but not named before those with all seeds"
+    df = frame()
+    lucky = df[(df.method=='up') & (df.seed==df.seed.min())].assign(method='lucky', accuracy=.999)
+    assert 'Best against none: up,' in verdict(comparison(pd.concat([df, lucky])))
+
+def test_a_failed_run_says_why_and_how_it_is_tried_again(tmp_path):
+    runs = [Run(), Run(seed=1)]
+    (tmp_path/'runs').mkdir()
+    for run in runs:
+        row = {**asdict(run), 'settings':{}, 'key':run.key, 'status':'failed', 'error':'OSError: [disk] is full', 'accuracy':None}
+        (tmp_path/'runs'/f'{run.name}.json').write_text(json.dumps(row))
+    console = Console(record=True, width=300)
+    show_comparison(runs, tmp_path, console)
+    text = console.export_text()
+    assert '2 of 2 runs did not finish (failed)' in text and 'OSError: [disk] is full. To try a failed run again, delete its file in' in text
 
 def test_one_style():
     nbs = Path(__file__).parent.parent/'nbs'/'house.mplstyle'

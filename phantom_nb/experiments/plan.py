@@ -127,7 +127,7 @@ def divide_time(
     least = f"{counted(shape['methods'], 'method')}, {counted(shape['seeds'], 'seed')} and " \
         f"{counted(shape['epochs'], 'epoch')}"
     raise ValueError(f"a time of {duration(budget)} is too short: {least} take about {duration(total)}. "
-        "Give more time, or fewer methods, seeds or epochs")
+        "Give more time, or fewer methods, seeds or epochs, or fewer or smaller images (n_train, size)")
 
 # %% ../../nbs/experiments/plan.ipynb #24c967e8
 def _fitted(names, n_methods, shape, budget, free, usual_epochs, times):

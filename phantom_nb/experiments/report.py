@@ -118,7 +118,9 @@ def verdict(
         why = "no run of it is here" if not there else \
             "no two runs share a seed" if others else "no other method has a finished run"
         return f"Nothing can be compared with {what['baseline']}: {why}."
-    top = compared.sort_values('diff', ascending=not what['higher_is_better']).iloc[0]
+    judged = compared[compared.pairs>=FEWEST] # one lucky seed is not the best method
+    judged = judged if len(judged) else compared
+    top = judged.sort_values('diff', ascending=not what['higher_is_better']).iloc[0]
     ahead = (top['diff']>0)==what['higher_is_better']
     size = span(*(unit.factor*top[column] for column in DIFFERENCE), '+'+unit.digits, unit.difference)
     lead = 'Best against' if ahead else 'No method is ahead; closest to'
@@ -437,6 +439,10 @@ def show_comparison(
     bad = df[df.status!='done']
     why = ', '.join(sorted(set(bad.status)))
     if len(bad): console.print(f"{len(bad)} of {len(df)} runs did not finish ({why}); they are left out of the means.")
+    if 'failed' in set(bad.status):
+        error = bad[bad.status=='failed'].error.iloc[0]
+        console.print(f"The first error: {error}. To try a failed run again, delete its file in {out/'runs'} and repeat the command.",
+            soft_wrap=True, highlight=False, markup=False)
     console.print(f"Rows: {out/'results.csv'}   picture: {out/'comparison.png'}", soft_wrap=True, highlight=False)
 
 # %% ../../nbs/experiments/report.ipynb #b1ff6dbf
