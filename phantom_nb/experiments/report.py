@@ -465,7 +465,7 @@ def front_figure(
             ax.axvline(0, color='.75', lw=.8, zorder=0)
             for row,name in enumerate(names):
                 _effect(ax, row, effects[name].get(setting), table['methods'][name]['helps'])
-            ax.set_title(fill(about['about'], 24))
+            ax.set_title(about['about'].replace(', ', ',\n'))
             ax.tick_params(left=False)
         for ax in axs.flat[len(table['settings']):]: ax.set_axis_off()
         axs[0,0].set(yticks=range(len(names)), yticklabels=names, ylim=(-.6, len(names)-.4))
