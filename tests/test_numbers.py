@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from phantom_nb.experiments.quantities import calibration_error
+from phantom_nb.measures import clustering
 from phantom_nb.measures.clustering import (cosine_distance_std, distance_spread_ratio, silhouette_cosine, subclass_selectivity,
     subclass_silhouette, variance_ratio)
 from phantom_nb.measures.embeddings import (class_margins, class_means, directions, embedding_metrics, interclass_similarity,
@@ -146,7 +147,9 @@ def test_displacements_have_their_length_whatever_the_gradient(power, adaptive):
     if not adaptive:
         moves = amp_displacement(gradients, lambda e: gradients, eps=.5, lr=.2, steps=2)
         assert torch.cat([e.flatten() for e in moves]).norm().item()==pytest.approx(.4, rel=1e-4)
-    assert all((e==0).all() for e in sam_displacement(weights, [0*g for g in gradients], .05, adaptive))
+    nothing = [0*g for g in gradients]
+    assert all((e==0).all() for e in sam_displacement(weights, nothing, .05, adaptive))
+    for eps in (0., .5): assert all((e==0).all() for e in amp_displacement(nothing, lambda e: nothing, eps, steps=2))
 
 @pytest.mark.parametrize('power', [-25, -18, 0, 18, 25])
 @pytest.mark.parametrize('layer', [nn.Linear(6, 4), nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(2, 3, 3)], ids=['linear','conv','transposed'])
@@ -303,3 +306,17 @@ def test_gradients_at_the_input_go_with_the_square(scale):
     x,w = randn(6, 8),randn(8, seed=1)*scale
     x.requires_grad_()
     assert gradient_penalty((x@w).sum(), x).item()==pytest.approx(w.double().square().sum().item(), rel=1e-4)
+
+def test_measures_multiply_in_full_float32(monkeypatch):
+    "Whatever precision training allows; the setting is put back"
+    seen,rows,backend = [],clustering._Rows.mean_direction,torch.backends.mkldnn.matmul
+    def watched(self, *args):
+        seen.append(backend.fp32_precision)
+        return rows(self, *args)
+    monkeypatch.setattr(clustering._Rows, 'mean_direction', watched)
+    allowed = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision('medium')
+        silhouette_cosine(randn(9, 4), classes(9)), cosine_distance_std(randn(9, 4))
+        assert seen==['ieee','ieee'] and torch.get_float32_matmul_precision()=='medium'
+    finally: torch.set_float32_matmul_precision(allowed)
