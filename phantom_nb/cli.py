@@ -39,7 +39,7 @@ def seconds_of(
 # %% ../nbs/cli.ipynb #73412cfd
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Regularizers and over-fitting diagnostics for image classifiers trained on little data.")
-BENCH_NAMES = 'energy','comhe','phantom','sparsity','monitor','measures','rivals','loop','step'
+BENCH_NAMES = 'energy','comhe','phantom','sparsity','monitor','measures','rivals','loop','scale','step'
 ENGINE_NAMES = 'local','ray'
 PICTURES = '.png','.svg','.pdf'
 
@@ -287,6 +287,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
         try: runner.run_many(runs, jobs=jobs, time_budget=budget, store=out/'runs', root=root, on_row=watch)
         except KeyboardInterrupt: code = 130
     show_comparison(runs, out, console)
+    _write_page(console, runs, out/'runs', out/'comparison.html')
     if advice: advice(runs, out)
     if code or watch.i<len(runs): _say(console, f"{'Stopped. ' if code else ''}The same command goes on from here.")
     raise typer.Exit(code)
@@ -295,6 +296,18 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
 def _say(console, sentence, style=None):
     "Print a sentence; a file gets it on one line"
     console.print(sentence, style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+def _write_page(console, runs, recorded, path):
+    "Write what a comparison shows, and what to try next, as a page, if there is something to compare"
+    from phantom_nb.experiments.comparison_page import comparison_html
+    from phantom_nb.experiments.store import load_results, write_atomic
+    df = load_results(recorded) if recorded.exists() else None
+    if df is None or not len(df): return
+    df = df[df.key.isin([run.key for run in runs]) & (df.status=='done')]
+    if df.method.nunique()<2 or 'none' not in set(df.method): return
+    metric = 'accuracy' if 'accuracy' in df else 'valid_accuracy'
+    write_atomic(path, comparison_html(df, f"{path.parent.name}: a comparison", metric=metric))
+    _say(console, f"Page: {path}")
 
 def _compare_folder(data, n_train):
     "Where the results of a comparison go"
@@ -380,6 +393,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     if sentence := _others_words(out, df): _say(console, sentence)
     if there<n: _say(console, f"{there} of {plan.counted(n, 'run')} are in. The same command goes on from here.")
     if there: _say(console, f"Rows: {out/'results.jsonl'}")
+    _write_page(console, experiment.runs, out/'results.jsonl', out/'comparison.html')
     raise typer.Exit(code)
 
 def _others_words(out, df):

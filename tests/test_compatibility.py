@@ -1,5 +1,5 @@
 "Methods in ways of training: a sample of the recorded matrix is run again, every way with some methods"
-import json, math
+import math
 import pandas as pd, pytest, torch
 from test_project import ROOT
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEMPERATURES', 'GROUPS', 'SIZES', 'LEVELS', 'QUANTITIES', 'FROM_ROWS', 'MOST_OF_A_SETTING', 'BANDS', 'SAMPLE', 'FELT',
-           'best_temperature', 'energy_floor', 'layer_weights', 'Confusion', 'confused_pairs', 'reference_bands',
-           'load_bands', 'percentile_in', 'Finding', 'Diagnosis', 'diagnose', 'at_chance', 'half_width', 'onset_of',
-           'judge_network']
+           'best_temperature', 'energy_floor', 'layer_weights', 'Confusion', 'confused_pairs', 'row_quantities',
+           'reference_bands', 'load_bands', 'percentile_in', 'Finding', 'Diagnosis', 'diagnose', 'at_chance',
+           'half_width', 'onset_of', 'judge_network']
 
 # %% ../../nbs/experiments/diagnose.ipynb #dc532a18
 import itertools, json, math
@@ -111,19 +111,27 @@ FROM_ROWS = dict(ece='valid_ece', similarity='valid_similarity', margin='valid_m
     sparsity='net_sparsity', dead='net_dead', c3='net_c3', c4='net_c4', norm='net_norm')
 MOST_OF_A_SETTING,BANDS = 60,'bands.json'
 
+def row_quantities(
+    df:pd.DataFrame # recorded rows
+)->pd.DataFrame: # a column a key of `QUANTITIES`, NaN where a row does not hold it
+    "Read the quantities of recorded networks; without validation images the test images are those held out (ours)."
+    def column(name):
+        own = df[name] if name in df else pd.Series(math.nan, df.index)
+        other = name.removeprefix('valid_')
+        return own.fillna(df[other]) if other!=name and other in df else own
+    values = {name:column(FROM_ROWS[name]) for name in FROM_ROWS}
+    values['gap'] = column('train_accuracy')-column('valid_accuracy')
+    return pd.DataFrame(values)[list(QUANTITIES)].astype(float)
+
 def reference_bands(
     df:pd.DataFrame # recorded rows
 )->dict: # group of `GROUPS` and `SIZES` -> `networks`, `settings`, and quantity -> values at `LEVELS` percent
     "Condense recorded networks to bands, group by group (ours)."
-    held = {name:df[name].fillna(df.get(name.removeprefix('valid_'), math.nan)) for name in ('valid_accuracy', *FROM_ROWS.values())
-        if name.startswith('valid_')} # without validation images the test images are those held out
-    df = df.assign(**held)
-    df = df[(df.status=='done') & df.net_c3.notna() & df.valid_accuracy.notna() & (df.label_noise==0)]
+    df = df.assign(gap=row_quantities(df).gap)
+    df = df[(df.status=='done') & df.net_c3.notna() & df.gap.notna() & (df.label_noise==0)]
     df = df.drop_duplicates('key').sort_values('key').groupby(['data','n_train','model'],
         sort=True).head(MOST_OF_A_SETTING)
-    values = df[list(FROM_ROWS.values())].set_axis(list(FROM_ROWS), axis=1)
-    values['gap'] = df.train_accuracy-df.valid_accuracy
-    found = {}
+    found,values = {},row_quantities(df)
     for (name,(low,high)),(size,(fewest,most)) in itertools.product(GROUPS.items(), SIZES.items()):
         mine = (df.n_train>low) & (df.n_train<=high) & (df.params>fewest) & (df.params<=most)
         if mine.sum()<20: continue

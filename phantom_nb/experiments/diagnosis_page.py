@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PANELS', 'STYLE', 'ALT', 'draw_curves', 'draw_calibration', 'draw_confusions', 'draw_similarity', 'draw_margins',
            'draw_norms', 'draw_energy', 'draw_activations', 'draw_intraclass', 'draw_bands', 'panels_of',
-           'plot_diagnosis', 'diagnosis_html', 'save_diagnosis']
+           'plot_diagnosis', 'figure_text', 'diagnosis_html', 'save_diagnosis']
 
 # %% ../../nbs/experiments/diagnosis_page.ipynb #99847cd6
 import base64, io, math, textwrap
@@ -219,16 +219,22 @@ ALT = dict(curves='Training and validation loss by epoch',
     energy='Energy of the weights by layer', activations='Sparsity and dead units by layer',
     intraclass='c3 and c4 by layer', bands='Where each number lies among recorded networks')
 
+def figure_text(
+    fig:Figure # closed afterwards
+)->str: # base64
+    "Write a figure as PNG, in text, for a page that holds it (ours)."
+    out = io.BytesIO()
+    fig.savefig(out, format='png', dpi=120)
+    plt.close(fig)
+    return base64.b64encode(out.getvalue()).decode()
+
 def _picture(draw, d):
     "A panel as PNG, in text"
     with plt.rc_context():
         house_style()
         fig,ax = plt.subplots(figsize=(3.8,3.1))
         draw(ax, d)
-        out = io.BytesIO()
-        fig.savefig(out, format='png', dpi=120)
-        plt.close(fig)
-    return base64.b64encode(out.getvalue()).decode()
+        return figure_text(fig)
 
 def _rows(d):
     "The table of numbers"

@@ -1,0 +1,56 @@
+"The page on a comparison: what was felt, what was moved, what stands on sound ground"
+import re
+import numpy as np, pandas as pd, pytest
+from test_project import ROOT
+from typer.testing import CliRunner
+
+from phantom_nb.cli import app
+from phantom_nb.experiments.comparison_page import comparison_html, judge_comparison, moved_quantities, save_comparison
+
+def rows(seeds=5, train=1., share=.1, **more):
+    "Plain training and a penalty that halves the calibration error and nothing else."
+    gen = np.random.default_rng(0)
+    out = []
+    for method in ('none','mhe'):
+        for seed in range(seeds):
+            luck = gen.normal(0, .01)
+            out.append(dict(key=f'{method}{seed}', experiment='x', data='digits', n_train=200, model='small_cnn', method=method, seed=seed, status='done',
+                settings=dict(lam=1.) if method=='mhe' else {}, seconds=2. if method=='mhe' else 1., accuracy=.8+luck, train_accuracy=train,
+                ece=(.1 if method=='none' else .05)+gen.normal(0, .001), net_c3=1+gen.normal(0, .01),
+                share=share if method=='mhe' else np.nan, **more))
+    return pd.DataFrame(out)
+
+def facts(df): return ' '.join(map(str, judge_comparison(df)))
+
+def test_only_what_is_shown_is_said():
+    moved = moved_quantities(rows()).set_index(['quantity','method']).shown
+    assert moved['ece','mhe'] and not moved['c3','mhe'] and not moved['gap','mhe']
+    assert 'Calibration error' in facts(rows()) and 'C3' not in facts(rows())
+    assert not moved_quantities(rows(2)).shown.any() # two seeds show nothing
+
+@pytest.mark.parametrize('share,word', [(.01, 'try lam=10'), (.7, 'try lam=0.2'), (.1, None)])
+def test_a_penalty_that_was_not_felt_is_named(share, word):
+    told = facts(rows(share=share))
+    assert word in told if word else 'share of the gradient' not in told
+
+def test_networks_that_do_not_fit_are_no_ground():
+    assert 'Train longer first' in facts(rows(train=.6)) and 'Train longer' not in facts(rows())
+    assert 'that is what there is to gain' in facts(rows())
+
+def test_the_page_is_one_file_and_escapes(tmp_path):
+    df = pd.concat([rows(), rows().assign(n_train=400, key=lambda d: d.key+'b')])
+    page,picture = save_comparison(df, tmp_path/'deep'/'page.html', '<b>mine</b>')
+    text = page.read_text(encoding='utf-8')
+    assert text.count('<section>')==2 and '<b>mine</b>' not in text and picture.stat().st_size>1000
+    assert not re.findall(r'(?:src|href)="(?!data:)', text) and len(text)<1_500_000
+    assert text.count('<img alt="')==4
+    with pytest.raises(ValueError, match='nothing to compare with'): comparison_html(df, baseline='dropout')
+
+def test_compare_and_sweep_write_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    res = CliRunner().invoke(app, 'compare --methods none,half_mhe --seeds 2 --epochs 2 --n-train 50 --jobs 1'.split())
+    assert res.exit_code==0 and 'comparison.html' in res.stdout, res.output
+    assert 'half_mhe' in (tmp_path/'compare/digits-50/comparison.html').read_text()
+    (tmp_path/'s.toml').write_text('experiment = "s"\nn_train = 50\nepochs = 2\nseeds = 2\nmethods = ["none", "dropout"]\n')
+    res = CliRunner().invoke(app, ['sweep', 's.toml', '--jobs', '1'])
+    assert res.exit_code==0 and 'dropout' in (tmp_path/'sweeps/s/comparison.html').read_text(), res.output
