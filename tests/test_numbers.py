@@ -310,9 +310,9 @@ def test_gradients_at_the_input_go_with_the_square(scale):
 def test_measures_multiply_in_full_float32(monkeypatch):
     "Whatever precision training allows; the setting is put back"
     seen,rows,backend = [],clustering._Rows.mean_direction,torch.backends.mkldnn.matmul
-    def watched(self, *args):
+    def watched(self, *args, **kwargs):
         seen.append(backend.fp32_precision)
-        return rows(self, *args)
+        return rows(self, *args, **kwargs)
     monkeypatch.setattr(clustering._Rows, 'mean_direction', watched)
     allowed = torch.get_float32_matmul_precision()
     try:
