@@ -1,7 +1,6 @@
 "Trainings that are killed at a random step and go on: to the last bit those that were never stopped"
-import multiprocessing, os, random, signal, sys, warnings
+import os, random, signal, warnings
 from functools import partial
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest, torch
@@ -128,30 +127,21 @@ def same(a, b, at=''):
     else: equal = type(a)==type(b) and (a==b or a!=a and b!=b)
     return [] if equal else [f'{at}: {str(a)[:60]} and {str(b)[:60]}']
 
-@pytest.fixture(scope='module')
-def fork():
-    "Run a function in a process of its own, forked from one that has imported everything"
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patch: # the server does not look where this process does
-        patch.setenv('PYTHONPATH', os.pathsep.join(o for o in sys.path if o))
-        forkserver.ensure_running()
-    def run(f, *args, kill_after=None):
-        p = context.Process(target=f, args=args)
-        p.start()
-        if kill_after is not None:
-            p.join(kill_after)
-            p.kill()
-        p.join(300)
-        return p.exitcode
-    return run
+def run(fork, *args, kill_after=None):
+    "Run a function in a process of its own; its exit code"
+    process = fork(*args)
+    if kill_after is not None:
+        process.join(kill_after)
+        process.kill()
+    process.join(300)
+    return process.exitcode
 
 def whole_and_resumed(fork, name, folder, seeds, interval=0):
     "States left by a training that was never stopped, and by one that was killed"
-    assert fork(train, name, folder/'whole', folder/'whole.pth', None, None)==0
-    killed = [fork(train, name, folder/'part', folder/'part.pth', f'{name} {seed}', interval) for seed in seeds]
+    assert run(fork, train, name, folder/'whole', folder/'whole.pth', None, None)==0
+    killed = [run(fork, train, name, folder/'part', folder/'part.pth', f'{name} {seed}', interval) for seed in seeds]
     assert killed[0]==-signal.SIGKILL
-    if killed[-1]!=0: assert fork(train, name, folder/'part', folder/'part.pth', None, interval)==0
+    if killed[-1]!=0: assert run(fork, train, name, folder/'part', folder/'part.pth', None, interval)==0
     return [torch.load(folder/f'{o}.pth') for o in ('whole','part')]
 
 NAMES = [*METHODS, *CALLBACKS, *TOGETHER, 'fastai']
@@ -177,13 +167,13 @@ def test_every_regularizer_and_monitor_is_in():
 @pytest.mark.processes
 def test_killed_while_it_writes(fork, tmp_path):
     "Killed at any time, writing included: the file or the one before is whole, and the end is the same"
-    assert fork(train, 'dropout', tmp_path/'whole', tmp_path/'whole.pth', None, None)==0
+    assert run(fork, train, 'dropout', tmp_path/'whole', tmp_path/'whole.pth', None, None)==0
     rng = random.Random(0)
     for _ in range(6):
-        code = fork(train, 'dropout', tmp_path/'part', tmp_path/'part.pth', None, 0, kill_after=rng.uniform(.05, .4))
+        code = run(fork, train, 'dropout', tmp_path/'part', tmp_path/'part.pth', None, 0, kill_after=rng.uniform(.05, .4))
         last_checkpoint(tmp_path/'part'/'training.pth') # raises if neither is whole
         if code==0: break
-    assert code==0 or fork(train, 'dropout', tmp_path/'part', tmp_path/'part.pth', None, 0)==0
+    assert code==0 or run(fork, train, 'dropout', tmp_path/'part', tmp_path/'part.pth', None, 0)==0
     whole,part = [torch.load(tmp_path/f'{o}.pth') for o in ('whole','part')]
     assert not same(whole['model'], part['model']) and not same(whole['opt'], part['opt'])
 

@@ -15,8 +15,7 @@ import torch
 from fastai.callback.mixup import MixHandler
 from fastai.layers import NoneReduce
 from fastcore.basics import store_attr
-from torch import Tensor, distributed, nn
-from torch.nn import functional as F
+from torch import Tensor, distributed, nn # chkstyle: ignore
 from torch.nn.parallel import DataParallel
 
 from ..checks import whole
@@ -25,7 +24,7 @@ from ..hooks import catch, compiled_words
 from ..measures.embeddings import apply_head, as_embeddings, find_head
 from ..measures.embeddings import interclass_similarity # chkstyle: ignore
 from ..measures.embeddings import n_outputs
-from ..processes import gather_equal, on_several_processes
+from ..processes import gather_rows, on_several_processes
 from .phantoms import MODES, check_form, class_counts, phantom_loss # chkstyle: ignore
 from .phantoms import class_phantoms, combine_with_phantoms # chkstyle: ignore
 from .phantoms import phantom_embeddings # chkstyle: ignore
@@ -119,17 +118,9 @@ class ClassQueue:
 def gather_batch(
     z:Tensor, # (B,D) embeddings of this process
     y:Tensor # (B,) classes, or (B,C) shares
-)->tuple: # embeddings and labels of all processes, gradient attached; class -1 or shares 0 fill up shorter batches
+)->tuple: # embeddings and labels of all processes, gradient attached
     "Gather a batch over the processes of `torch.distributed`; each gets the same (PyTorch)."
-    mine = torch.tensor(len(y), device=y.device)
-    sizes = [torch.zeros_like(mine) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(sizes, mine)
-    missing = max(sizes).item()-len(y)
-    z = F.pad(z, (0,0,0,missing))
-    y = F.pad(y, (0,missing), value=-1) if y.ndim==1 else F.pad(y, (0,0,0,missing))
-    labels = [torch.empty_like(y) for _ in sizes]
-    distributed.all_gather(labels, y.contiguous())
-    return gather_equal(z), torch.cat(labels)
+    return gather_rows(z), gather_rows(y)
 
 # %% ../../nbs/regularizers/phantom.ipynb #8550a1e5
 class EmbeddingRegularizer(Regularizer):
