@@ -3,8 +3,9 @@
     python tests/mutation.py regularizers.energy --per 10        # record the score of a module
     python tests/mutation.py --survivors                         # try again what nobody noticed
 
-No file of the package is written. pytest collects the module's tests once; for every change a fork swaps the code of one function, runs the
-tests that call it until one fails, and ends. Tools such as mutmut change the files and start Python anew for every change.
+No file of the package is written. pytest collects the module's tests once; for every change a fork swaps the code of
+one function, runs the tests that call it until one fails, and ends. Tools such as mutmut change the files and start
+Python anew for every change.
 """
 import ast, copy, importlib, inspect, json, os, random, select, signal, sys, time
 from collections import defaultdict
@@ -17,34 +18,47 @@ RESULTS = ROOT/'results'/'mutation.jsonl'
 BUDGET = 10. # seconds of tests that a change has to pass at first; what survives is tried again with all of
 # them, three cases at most of each parametrized test
 KEY = 'function','kind','before','after'
-TESTS = {'regularizers.energy':'hyperspherical', 'regularizers.projections':'projections', 'regularizers.comhe':'projections',
+TESTS = { # test files of a module
+    'regularizers.energy':'hyperspherical', 'regularizers.projections':'projections',
+    'regularizers.comhe':'projections',
     'regularizers.phantoms':'phantom numbers', 'regularizers.phantom':'phantom', 'regularizers.sparsity':'sparsity',
-    'regularizers.flatness':'flatness numbers', 'regularizers.semantic':'semantic numbers', 'regularizers.norms':'norms numbers',
+    'regularizers.flatness':'flatness numbers', 'regularizers.semantic':'semantic numbers',
+    'regularizers.norms':'norms numbers',
     'regularizers.activations':'activations numbers', 'regularizers.orthogonality':'orthogonality numbers',
     'regularizers.smoothness':'smoothness numbers', 'measures.clustering':'clustering numbers',
-    'measures.embeddings':'embeddings numbers', 'measures.sparsity':'sparsity numbers', 'measures.sharpness':'sharpness numbers',
+    'measures.embeddings':'embeddings numbers', 'measures.sparsity':'sparsity numbers',
+    'measures.sharpness':'sharpness numbers',
     'measures.ranking':'ranking', 'measures.capture':'capture', 'measures.intraclass':'intraclass',
-    'measures.sparsity_monitor':'sparsity', 'experiments.stats':'stats', 'core':'core', 'kinds':'flatness', 'contract':'core'}
-PICTURES = ('plot', 'heat_map', 'loss_curves', 'redraw', '_report_figure', '_axis_label') # what they draw is judged by eye
+    'measures.sparsity_monitor':'sparsity', 'experiments.stats':'stats', 'core':'core', 'kinds':'flatness',
+    'contract':'core'}
+# what these draw is judged by eye
+PICTURES = ('plot', 'heat_map', 'loss_curves', 'redraw', '_report_figure', '_axis_label')
 
 # What is changed, and what it is called
-SWAPS = {ast.Add:('sign', ast.Sub), ast.Sub:('sign', ast.Add), ast.Mult:('operator', ast.Div), ast.Div:('operator', ast.Mult),
+SWAPS = {ast.Add:('sign', ast.Sub), ast.Sub:('sign', ast.Add),
+    ast.Mult:('operator', ast.Div), ast.Div:('operator', ast.Mult),
     ast.FloorDiv:('operator', ast.Mult), ast.BitAnd:('condition', ast.BitOr), ast.BitOr:('condition', ast.BitAnd),
-    ast.And:('condition', ast.Or), ast.Or:('condition', ast.And), ast.Eq:('condition', ast.NotEq), ast.NotEq:('condition', ast.Eq),
-    ast.Lt:('off by one', ast.LtE), ast.LtE:('off by one', ast.Lt), ast.Gt:('off by one', ast.GtE), ast.GtE:('off by one', ast.Gt),
-    ast.Is:('condition', ast.IsNot), ast.IsNot:('condition', ast.Is), ast.In:('condition', ast.NotIn), ast.NotIn:('condition', ast.In)}
-NAMES = dict(mean='sum', sum='mean', amax='amin', amin='amax', max='min', min='max', argmax='argmin', clamp_min='clamp_max',
+    ast.And:('condition', ast.Or), ast.Or:('condition', ast.And),
+    ast.Eq:('condition', ast.NotEq), ast.NotEq:('condition', ast.Eq),
+    ast.Lt:('off by one', ast.LtE), ast.LtE:('off by one', ast.Lt),
+    ast.Gt:('off by one', ast.GtE), ast.GtE:('off by one', ast.Gt),
+    ast.Is:('condition', ast.IsNot), ast.IsNot:('condition', ast.Is),
+    ast.In:('condition', ast.NotIn), ast.NotIn:('condition', ast.In)}
+NAMES = dict(mean='sum', sum='mean', amax='amin', amin='amax', max='min', min='max', argmax='argmin',
+    clamp_min='clamp_max',
     clamp_max='clamp_min', any='all', all='any', no_grad='enable_grad')
 KINDS = dict(mean='mean for sum', sum='mean for sum', no_grad='missing detach')
 TYPES = dict(float64='float32', float32='float64', float='half', double='float', long='int')
-LEFT_OUT = dict(detach='missing detach', masked_fill='self-pair kept', masked_fill_='self-pair kept', fill_diagonal_='self-pair kept',
-    zero_='self-pair kept') | dict.fromkeys('clamp clamp_min relu abs square sqrt rsqrt nan_to_num sort clone where'.split(), 'step left out')
-AXES = set('sum mean amax amin max min softmax logsumexp topk sort cumsum flatten unflatten movedim transpose unsqueeze squeeze cat stack '
-    'all any std var norm diagonal split gather argmax index_select index_add_ nanmean argsort vector_norm repeat_interleave'.split())
+LEFT_OUT = dict.fromkeys('masked_fill masked_fill_ fill_diagonal_ zero_'.split(), 'self-pair kept')
+LEFT_OUT['detach'] = 'missing detach'
+LEFT_OUT |= dict.fromkeys('clamp clamp_min relu abs square sqrt rsqrt nan_to_num sort clone where'.split(), 'step left out')
+AXES = set('sum mean amax amin max min softmax logsumexp topk sort cumsum flatten unflatten movedim transpose '
+    'unsqueeze squeeze cat stack all any std var norm diagonal split gather argmax index_select index_add_ nanmean argsort '
+    'vector_norm repeat_interleave'.split())
 
 def changes_of(node, in_axis):
     "Yield (kind, new node) for every way to break a node of the syntax tree"
-    def but(**kwargs): return ast.copy_location(type(node)(**{k:kwargs.get(k, v) for k,v in ast.iter_fields(node)}), node)
+    def but(**kwargs): return ast.copy_location(type(node)(**dict(ast.iter_fields(node)) | kwargs), node)
     if isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and type(node.op) in SWAPS:
         kind,op = SWAPS[type(node.op)]
         yield kind, but(op=op())
@@ -54,7 +68,8 @@ def changes_of(node, in_axis):
     if isinstance(node, ast.UnaryOp) and not isinstance(node.operand, ast.Constant):
         yield ('sign' if isinstance(node.op, ast.USub) else 'condition'), node.operand
     if isinstance(node, ast.Attribute) and node.attr in TYPES: yield 'wrong type', but(attr=TYPES[node.attr])
-    if isinstance(node, ast.Attribute) and node.attr in NAMES: yield KINDS.get(node.attr, 'condition'), but(attr=NAMES[node.attr])
+    if isinstance(node, ast.Attribute) and node.attr in NAMES:
+        yield KINDS.get(node.attr, 'condition'), but(attr=NAMES[node.attr])
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEFT_OUT:
         yield LEFT_OUT[node.func.attr], node.func.value
     if isinstance(node, ast.Constant) and type(node.value) is bool: yield 'condition', but(value=not node.value)
@@ -62,7 +77,8 @@ def changes_of(node, in_axis):
         value = node.value
         if in_axis: yield 'wrong axis', but(value=value-1 if value>0 else value+1)
         else: yield 'off by one', but(value=value+1)
-    elif isinstance(node, ast.Constant) and type(node.value) is float: yield 'constant', but(value=2*node.value if node.value else 1.)
+    elif isinstance(node, ast.Constant) and type(node.value) is float:
+        yield 'constant', but(value=2*node.value if node.value else 1.)
     if isinstance(node, (ast.If, ast.IfExp)): yield 'condition', but(test=ast.UnaryOp(ast.Not(), node.test))
     if isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant):
         call = ast.Call(ast.Name('_without_gradient', ast.Load()), [node.value], [])
@@ -75,18 +91,20 @@ GRADIENTS = [] # filled when an extra detach took a gradient away
 def without_gradient(value):
     "What an extra detach makes of a result"
     if getattr(value, 'requires_grad', False): GRADIENTS.append(True)
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list): return type(value)(map(without_gradient, value))
+    if type(value) in (tuple, list): return type(value)(map(without_gradient, value))
     return value.detach() if hasattr(value, 'detach') else value
 
 def sites(function):
-    "Yield (parent, field, index, node, whether it names an axis) below a function: not in messages, annotations and defaults"
+    "Yield (parent, field, index, node, whether it names an axis) below a function, messages and defaults aside"
     def walk(parent, in_axis=False):
         for field,value in ast.iter_fields(parent):
-            if field in ('decorator_list', 'annotation', 'returns', 'args') and isinstance(parent, ast.FunctionDef): continue
+            own = field in ('decorator_list', 'annotation', 'returns', 'args')
+            if own and isinstance(parent, ast.FunctionDef): continue
             for i,node in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if not isinstance(node, ast.AST) or isinstance(node, (ast.Raise, ast.JoinedStr, ast.Assert)): continue
-                name = parent.func.attr if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Attribute) else ''
-                axis = name in AXES and field=='args' or isinstance(parent, ast.keyword) and parent.arg in ('dim', 'axis')
+                name = getattr(parent.func, 'attr', '') if isinstance(parent, ast.Call) else ''
+                axis = name in AXES and field=='args'
+                axis = axis or isinstance(parent, ast.keyword) and parent.arg in ('dim', 'axis')
                 axis = axis or in_axis and isinstance(parent, (ast.Tuple, ast.UnaryOp))
                 if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
                     yield parent, field, i, node, axis
@@ -178,7 +196,8 @@ def measured(items, file):
     for item,following in zip_longest(items, items[1:]):
         called,start = set(),time.perf_counter()
         def watch(frame, event, arg):
-            if event=='call' and frame.f_code.co_filename==file: called.add(frame.f_code.co_qualname.replace('.<locals>', ''))
+            code = frame.f_code
+            if event=='call' and code.co_filename==file: called.add(code.co_qualname.replace('.<locals>', ''))
         sys.setprofile(watch)
         fails = failed(item, following)
         sys.setprofile(None)
@@ -186,8 +205,10 @@ def measured(items, file):
     return found
 
 class Mutation:
-    "In place of pytest's loop over the tests: break functions one by one, and run the tests that call them until one fails"
-    def __init__(self, name, per, seed, only=None): self.name,self.per,self.seed,self.only = name,per,seed,only
+    "In place of pytest's loop: break functions one by one, and run the tests that call them until one fails"
+    def __init__(self, name, per, seed, only=None):
+        self.name,self.per,self.seed,self.only = name,per,seed,only
+        self.noticed = []
 
     def pytest_collection_modifyitems(self, items):
         "Three cases at most of each parametrized test"
@@ -202,32 +223,40 @@ class Mutation:
         tests = in_a_fork(lambda: measured(session.items, module.__file__), 1800)
         broken = [name for name,(_,fails,_) in tests.items() if fails]
         if broken: raise SystemExit(f"{self.name}: tests fail as they are: {', '.join(broken[:5])}")
-        row = dict(module=self.name, functions=0, possible=0, tried=0, killed=0, per=self.per, seed=self.seed, survivors=[])
+        row = dict(module=self.name, functions=0, possible=0, tried=0, killed=0, per=self.per, seed=self.seed)
+        row['survivors'] = []
         for function,node in functions_of(tree):
             if any(part in function for part in PICTURES): continue
             mutants = list(mutants_of(function, node))
             if not mutants: continue
             row['functions'] += 1
             row['possible'] += len(mutants)
-            if self.only is None: mutants = sample(mutants, self.per, random.Random(f'{self.seed} {self.name} {function}'))
+            chance = random.Random(f'{self.seed} {self.name} {function}')
+            if self.only is None: mutants = sample(mutants, self.per, chance)
             else: mutants = [(said, new) for said,new in mutants if [said[k] for k in KEY] in self.only]
             chosen = self.tests_of(function, session.items, tests)
             limit = 90+10*sum(tests[item.nodeid][0] for item in chosen)
             for said,new in mutants:
-                found = in_a_fork(partial(attempt, module, tree, function, new, chosen, said['kind']=='extra detach'), limit)
+                work = partial(attempt, module, tree, function, new, chosen, said['kind']=='extra detach')
+                found = in_a_fork(work, limit)
                 if found=='no mutant': continue
                 row['tried'] += 1
-                if found=='killed': row['killed'] += 1
-                else: row['survivors'].append(said if found else said | dict(late=True)) # a loaded machine decides nothing
+                if found=='killed':
+                    row['killed'] += 1
+                    self.noticed.append([said[k] for k in KEY])
+                elif found: row['survivors'].append(said)
+                else: row['survivors'].append(said | dict(late=True)) # a loaded machine decides nothing
                 result = 'SURVIVED' if found=='survived' else 'out of time' if found is None else 'killed'
-                print(f"{self.name} {row['tried']}: {result}  {said['function']}:{said['line']} {said['kind']}: {said['before']} -> "
-                    f"{said['after']}", flush=True)
-        self.row = row | dict(seconds=round(time.perf_counter()-start), tests=sorted({Path(item.fspath).name for item in session.items}))
+                words = f"{said['function']}:{said['line']} {said['kind']}: {said['before']} -> {said['after']}"
+                print(f"{self.name} {row['tried']}: {result}  {words}", flush=True)
+        files = sorted({Path(item.fspath).name for item in session.items})
+        self.row = row | dict(seconds=round(time.perf_counter()-start), tests=files)
         return True
 
     def tests_of(self, function, items, tests):
-        "Tests that call a function, or something in it, short ones first; of a first pass only so many as fit the budget"
-        chosen = [item for item in items if any(f==function or f.startswith(function+'.') for f in tests[item.nodeid][2])]
+        "Tests that call a function, or something in it, short ones first; at first only so many as fit the budget"
+        def calls(item): return any(f==function or f.startswith(function+'.') for f in tests[item.nodeid][2])
+        chosen = [item for item in items if calls(item)]
         chosen.sort(key=lambda item: tests[item.nodeid][0])
         if self.only is not None: return chosen
         total,first = 0.,[]
@@ -253,23 +282,48 @@ def score(name, per, seed, only=None):
     plugin = Mutation(name, per, seed, only)
     files = [str(ROOT/'tests'/f'test_{part}.py') for part in TESTS[name].split()]
     pytest.main(['-q', '-p', 'no:cacheprovider', '-m', 'not processes', *files], plugins=[plugin])
-    return plugin.row
+    return plugin.row | dict(noticed=plugin.noticed)
 
-def read_rows(): return {row['module']:row for row in map(json.loads, RESULTS.read_text().splitlines())} if RESULTS.exists() else {}
+def read_rows():
+    rows = map(json.loads, RESULTS.read_text().splitlines()) if RESULTS.exists() else ()
+    return {row['module']:row for row in rows}
 
 def write_row(row):
+    row = {k:v for k,v in explained(row).items() if k!='noticed'}
     rows = read_rows() | {row['module']:row} # read again just before: another module may have ended meanwhile
     RESULTS.write_text(''.join(json.dumps(rows[name], ensure_ascii=False)+'\n' for name in sorted(rows)))
 
+EQUIVALENT = { # changes that mean nothing: part of a module and function, of what was, and why
+    ('embeddings nearest_class_similarity', '2 in -2'):"any number below -1 hides a class",
+    ('semantic ISDA.__init__', 'self._loaded = False'):"a first fit has no moments that it could drop",
+    ('energy _lengths', 'q <= floor'):"differs only where a length is the bound, and there both slopes are right",
+    ('energy _rows', ''):"the size of a tile changes no value",
+    ('energy _together', ''):"how many go through at once changes no value",
+    ('energy _Energy.forward', 'w.new_empty(0)'):"nobody reads this tensor",
+    ('energy _Energy.setup_context', 'set_materialize_grads'):"zeros for outputs without a gradient cost time alone",
+    ('energy _psi', 'form.s == 2'):"the general way gives the same number, and takes longer",
+    ('energy _Energy.setup_context', 'mark_non_differentiable'):"nobody differentiates these outputs",
+    ('energy hyperspherical_energy', 'grad=False'):"the gradient that nobody asked for costs time alone"}
+
+def explained(row):
+    "A row whose survivors say why they mean nothing, where they do"
+    def fits(m, place, was): return f"{row['module']} {m['function']}".endswith(place) and was in m['before']
+    def why(m): return [text for (place,was),text in EQUIVALENT.items() if fits(m, place, was)]
+    return row | dict(survivors=[m | dict(why=why(m)[0]) if why(m) else m for m in row['survivors']])
+
 def again(row):
     "Try the survivors of a row once more"
-    keys = [[m[k] for k in KEY] for m in row['survivors']]
-    new = score(row['module'], row['per'], row['seed'], keys)
-    return row | dict(survivors=new['survivors'], killed=row['tried']-len(new['survivors']), tests=new['tests'])
+    def key(m): return [m[k] for k in KEY]
+    open_ones = [m for m in explained(row)['survivors'] if 'why' not in m]
+    new = score(row['module'], row['per'], row['seed'], [key(m) for m in open_ones])
+    gone = [key(m) for m in open_ones if key(m) in new['noticed']]
+    left = [m for m in row['survivors'] if key(m) not in gone] # what is not found again stays
+    return row | dict(survivors=left, killed=row['killed']+len(gone), tests=new['tests'], again=True)
 
 def main(args):
     import hypothesis, torch
-    for name in ('fastai.vision.all', 'pandas', 'pytest', 'scipy.stats', 'sklearn.metrics'): importlib.import_module(name) # loaded once
+    # what children need is loaded once
+    for name in ('fastai.vision.all', 'pandas', 'pytest', 'scipy.stats', 'sklearn.metrics'): importlib.import_module(name)
     sys.path.insert(0, str(ROOT/'tests'))
     os.chdir(ROOT)
     torch.set_num_threads(1)

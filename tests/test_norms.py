@@ -55,3 +55,34 @@ def test_refusals():
     model = network()
     nn.utils.parametrizations.weight_norm(model[0])
     with pytest.raises(ValueError, match='parametrized'): fit(NormalizeAndProject(), model=model)
+
+def n_hooks(model): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for m in model.modules())
+
+def test_a_weight_of_zero_changes_nothing_and_hooks_go():
+    plain,off,on = fit().model,fit(NormalizeAndProject(0.)).model,fit(NormalizeAndProject()).model
+    assert all(torch.equal(a, b) for a,b in zip(plain.state_dict().values(), off.state_dict().values()))
+    assert not torch.equal(plain[0].weight, on[0].weight) and n_hooks(on)==n_hooks(off)==0
+
+def test_a_second_fit_keeps_the_lengths_that_it_finds():
+    learn = fit(NormalizeAndProject(), epochs=1)
+    with torch.no_grad(): learn.model[0].weight.mul_(3)
+    length = weight_norm(learn.model[0]).item()
+    with learn.no_bar(): learn.fit(1)
+    assert weight_norm(learn.model[0]).item()==pytest.approx(length, rel=1e-5)
+
+def test_a_loaded_fit_goes_back_to_the_lengths_of_then(tmp_path):
+    learn = fit(NormalizeAndProject(), epochs=1)
+    learn.path,length = tmp_path,weight_norm(learn.model[0]).item()
+    learn.save('state')
+    other = Learner(learn.dls, network(), opt_func=SGD, lr=.5, cbs=[NormalizeAndProject()], path=tmp_path)
+    other.logger,other.create_mbar = (lambda *_: None),False
+    other.load('state')
+    with torch.no_grad(): other.model[0].weight.mul_(3)
+    with other.no_bar(): other.fit(1)
+    assert weight_norm(other.model[0]).item()==pytest.approx(length, rel=1e-5)
+
+def test_a_layer_of_zeros_grows_by_nothing():
+    model = network()
+    nn.init.zeros_(model[0].weight)
+    growth = [row[3] for row in fit(NormalizeAndProject(), model=model).normalize_and_project.records]
+    assert all(0<=g<1 for g in growth)
