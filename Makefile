@@ -43,8 +43,9 @@ docs: $(VENV)/.dev ## Build the docs site into _docs; a broken link is an error
 	$(call step,docs site)
 	@python -W ignore tests/docs.py
 
-readme: $(VENV)/.dev ## Make README.md from nbs/index.ipynb
+readme: $(VENV)/.dev ## Make README.md and its like from their pages
 	@python tests/readme.py
+	@python tests/toplevel.py
 
 constraints: $(VENV)/.dev ## Pin what is installed now in constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; python -m pip freeze --exclude-editable | grep '=='; } > $(VENV)/constraints.txt

@@ -1,7 +1,6 @@
 "The page on a comparison: what was felt, what was moved, what stands on sound ground"
 import re
 import numpy as np, pandas as pd, pytest
-from test_project import ROOT
 from typer.testing import CliRunner
 
 from phantom_nb.cli import app

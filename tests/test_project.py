@@ -6,10 +6,11 @@ from pathlib import Path
 
 import nbformat, pytest
 from readme import readme
+from toplevel import toplevel
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = {'nbs', 'phantom_nb', 'results', 'tests', '.ci', '.gitignore', 'LICENSE', 'Makefile', 'README.md',
-    'constraints.txt', 'pyproject.toml', 'settings.ini', 'setup.py'}
+    'CONTRIBUTING.md', 'CHANGELOG.md', 'CITATION.cff', 'constraints.txt', 'pyproject.toml', 'settings.ini', 'setup.py'}
 NBS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(ROOT).parts))
 FUNCTIONS = ast.FunctionDef,ast.AsyncFunctionDef
 DEFS = *FUNCTIONS,ast.ClassDef
@@ -64,10 +65,15 @@ def test_every_module_comes_from_a_notebook():
 def test_readme_is_made_from_the_index():
     assert (ROOT/'README.md').read_text(encoding='utf-8')==readme(), 'nbs/index.ipynb changed: run make readme'
 
-def test_readme_links_lead_somewhere():
-    prose = re.sub(r'```.*?```', '', (ROOT/'README.md').read_text(encoding='utf-8'), flags=re.S)
+def test_files_for_hosts_are_made_from_pages_and_settings():
+    for name,text in toplevel().items():
+        assert (ROOT/name).read_text(encoding='utf-8')==text, f'{name} is old: run make readme'
+
+@pytest.mark.parametrize('name', ['README.md','CONTRIBUTING.md','CHANGELOG.md'])
+def test_links_at_the_top_lead_somewhere(name):
+    prose = re.sub(r'```.*?```', '', (ROOT/name).read_text(encoding='utf-8'), flags=re.S)
     for to in re.findall(r'\]\(([^)\s#]+)[^)]*\)', prose):
-        if not re.match('[a-z]+:', to): assert (ROOT/to).exists(), f'README.md links to {to}, which is not there'
+        if not re.match('[a-z]+:', to): assert (ROOT/to).exists(), f'{name} links to {to}, which is not there'
 
 def test_every_notebook_is_in_the_sidebar():
     listed = set(re.findall(r'\S+\.ipynb', (ROOT/'nbs/sidebar.yml').read_text()))
