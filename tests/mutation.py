@@ -299,10 +299,12 @@ EQUIVALENT = { # changes that mean nothing: part of a module and function, of wh
     ('energy _lengths', 'q <= floor'):"differs only where a length is the bound, and there both slopes are right",
     ('energy _rows', ''):"the size of a tile changes no value",
     ('energy _together', ''):"how many go through at once changes no value",
-    ('energy _Energy.forward', 'w.new_empty(0)'):"nobody reads this tensor",
     ('energy _Energy.setup_context', 'set_materialize_grads'):"zeros for outputs without a gradient cost time alone",
     ('energy _psi', 'form.s == 2'):"the general way gives the same number, and takes longer",
     ('energy _Energy.setup_context', 'mark_non_differentiable'):"nobody differentiates these outputs",
+    ('energy MHE.stack_weights', 'len(ws) > 1'):"one tensor, or the same one concatenated",
+    ('energy MHE.group_energies', 'False in Form'):"which space is meant is said beside it, layer by layer",
+    ('energy _Energy.forward', 'new_empty'):"nobody reads this tensor",
     ('energy hyperspherical_energy', 'grad=False'):"the gradient that nobody asked for costs time alone"}
 
 def explained(row):

@@ -313,3 +313,26 @@ def test_products_are_full_float32(monkeypatch, new):
     finally:
         if new: backend.fp32_precision = before
         else: torch.set_float32_matmul_precision('highest')
+
+@pytest.mark.parametrize('half', [False, True])
+def test_padding_lifts_short_neurons_alike(monkeypatch, half):
+    "Short and zero neurons have a radial force of their own, in layers that are padded too"
+    import phantom_nb.regularizers.energy as energy
+    gen,found = torch.Generator().manual_seed(0),[]
+    ws = [torch.randn(1, *shape, generator=gen, dtype=torch.float64) for shape in ((6,5), (4,7))]
+    ws[0][0,1] *= 1e-5
+    ws[1][0,2] = 0
+    for padded in (False, True):
+        monkeypatch.setattr(energy, '_fits_padding', lambda ws: padded)
+        xs = [w.clone().requires_grad_() for w in ws]
+        es = energy.energies_together(xs, [half, half], energy.Form())
+        found.append([*es, *torch.autograd.grad(sum(e.sum() for e in es), xs)])
+    for a,b in zip(*found): assert (a-b).abs().max()<=1e-9*b.abs().max()
+
+def test_factors_of_layers_may_be_small_but_not_negative():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    cb = MHE(hidden=.5, output=0.)
+    fit(model, cb)
+    assert abs(cb.penalty()-.5*cb.energies()['1'])<1e-6
+    for name in ('hidden','output'):
+        with pytest.raises(ValueError, match=f'{name}=-0.5'): MHE(**{name:-.5})
