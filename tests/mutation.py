@@ -295,6 +295,8 @@ def write_row(row):
 
 EQUIVALENT = { # changes that mean nothing: part of a module and function, of what was, and why
     ('embeddings nearest_class_similarity', '2 in -2'):"any number below -1 hides a class",
+    ('embeddings within_class_share', '1e-12'):"a guard against 0/0, which no set of directions comes near",
+    ('embeddings lookalike_pairs', '< least - 1e-06'):"a slack for rounding, exactly met by chance alone",
     ('semantic ISDA.__init__', 'self._loaded = False'):"a first fit has no moments that it could drop",
     ('energy _lengths', 'q <= floor'):"differs only where a length is the bound, and there both slopes are right",
     ('energy _rows', ''):"the size of a tile changes no value",
