@@ -23,7 +23,7 @@ _HOMES = {
     'diagnose':'experiments.diagnose', 'save_diagnosis':'experiments.diagnosis_page',
     'granulated_kendall':'measures.ranking', 'get_dls':'data', 'load_dataset':'data', 'create_model':'models',
     'Run':'experiments.runner', 'run_one':'experiments.runner', 'run_many':'experiments.runner',
-    'load_results':'experiments.runner'}
+    'load_results':'experiments.runner', 'Checkpoint':'experiments.checkpoint'}
 
 __all__ = [*_HOMES, '__version__']
 

@@ -35,3 +35,4 @@ from .experiments.run import Run as Run
 from .experiments.runner import run_one as run_one
 from .experiments.runner import run_many as run_many
 from .experiments.store import load_results as load_results
+from .experiments.checkpoint import Checkpoint as Checkpoint
