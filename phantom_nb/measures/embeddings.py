@@ -165,11 +165,12 @@ def check_batch(
 
 def refuse_if(
     wrong:Tensor, # bool
-    message:Callable|str # what to say, or a function that says it
+    message:str, # what to say
+    in_detail:Callable|None=None # says it with the values, where the program may wait for them
 )->None:
     "Raise a `ValueError` if any is wrong; a GPU stops the program itself when it sees it, which needs no waiting (ours)."
-    if wrong.device.type in ('cuda','meta'): torch._assert_async(~wrong.any(), message if isinstance(message, str) else '')
-    elif wrong.any(): raise ValueError(message if isinstance(message, str) else message())
+    if wrong.device.type in ('cuda','meta'): torch._assert_async(~wrong.any(), message)
+    elif wrong.any(): raise ValueError(in_detail() if in_detail else message)
 
 def check_classes(
     y:Tensor, # (N,) classes
@@ -182,7 +183,8 @@ def check_classes(
     wrong = y<0 if not negative else torch.zeros_like(y, dtype=torch.bool)
     if n_classes is not None: wrong = wrong | (y>=n_classes)
     last = 'any number' if n_classes is None else n_classes-1
-    refuse_if(wrong, lambda: f"y holds class {y[wrong][0].item()}, n_classes={n_classes}: classes are 0 to {last}")
+    right = f"n_classes={n_classes}: classes are 0 to {last}"
+    refuse_if(wrong, f"y holds classes that there are not, {right}", lambda: f"y holds class {y[wrong][0].item()}, {right}")
     return y
 
 def directions(
