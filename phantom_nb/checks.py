@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
+from typing import Any
 
 # %% ../nbs/checks.ipynb #0d63c9f4
 def _shown(value, longest=100):
@@ -19,9 +20,9 @@ def _shown(value, longest=100):
 
 def one_of(
     name:str, # name of the option, for the message
-    value:object, # what was given
+    value:Any, # what was given
     choices:Iterable # the right values
-)->object: # `value`
+)->Any: # `value`
     "Return `value` if it is among `choices`; else raise a `ValueError` that lists them and guesses (ours)."
     choices = list(choices)
     if value in choices: return value
@@ -49,7 +50,7 @@ def _outside(value, at_least=None, above=None, at_most=None, below=None):
 # %% ../nbs/checks.ipynb #e6c9f814
 def number(
     name:str, # name of the option, for the message
-    value:object, # what was given
+    value:Any, # what was given
     at_least:float|None=None, # smallest value allowed
     above:float|None=None, # every value allowed is larger than this
     at_most:float|None=None, # largest value allowed
@@ -64,7 +65,7 @@ def number(
 
 def whole(
     name:str, # name of the option, for the message
-    value:object, # what was given; 3.0 counts as 3
+    value:Any, # what was given; 3.0 counts as 3
     at_least:int|None=1, # smallest value allowed
     at_most:int|None=None, # largest value allowed
     what:str='a whole number' # what to give, for the message
@@ -76,14 +77,14 @@ def whole(
 
 def share(
     name:str, # name of the option, for the message
-    value:object # what was given
+    value:Any # what was given
 )->float: # `value`
     "Return `value` if it lies strictly between 0 and 1; else raise a `ValueError` (ours)."
     return number(name, value, above=0, below=1)
 
 def true_or_false(
     name:str, # name of the option, for the message
-    value:object # what was given
+    value:Any # what was given
 )->bool: # `value`
     "Return `value` if it is `True` or `False`; else raise a `ValueError` (ours)."
     if isinstance(value, bool): return value
@@ -102,9 +103,9 @@ class Refusals:
 
     def __call__(self,
         check:Callable, # a check, such as `one_of`
-        *args:object, # its arguments
-        **kwargs:object # its further arguments
-    )->object: # what the check returns; None if it refused
+        *args:Any, # its arguments
+        **kwargs:Any # its further arguments
+    )->Any: # what the check returns; None if it refused
         "Call a check and keep its refusal (ours)."
         try: return check(*args, **kwargs)
         except (ValueError, OSError) as e: self.add(e)

@@ -8,7 +8,7 @@ __all__ = ['granulated_kendall', 'kendall', 'conditional_information', 'bootstra
 
 # %% ../../nbs/measures/ranking.ipynb #7e01b1c4
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import numpy as np, pandas as pd
@@ -68,7 +68,7 @@ def granulated_kendall(
     measure:str, # column of the measure, large for good
     target:str, # column of what it should predict, such as 'accuracy'
     hyperparams:list, # columns that were varied, at least one
-    by:list=() # further columns in which compared runs must agree, such as 'seed'
+    by:Sequence=() # further columns in which compared runs must agree, such as 'seed'
 )->pd.Series: # coefficient in [-1,1] of each hyperparameter, and 'mean'
     "Average rank agreement over runs that differ in one hyperparameter; ValueError for gaps (Jiang 2020, section 2.2)."
     hyperparams,by = _columns(hyperparams),_columns(by)
@@ -173,7 +173,7 @@ def granulated_draws(
     measures:list, # columns, large for good
     target:str, # column of what they should predict
     hyperparams:list, # columns that were varied
-    by:list=(), # further columns in which compared runs must agree
+    by:Sequence=(), # further columns in which compared runs must agree
     times:int=500, # resamples of the runs, >= 1
     seed:int=0 # of the resampling
 )->np.ndarray: # (1+times, measures, hyperparams) in [-1,1], NaN where no pair is left; the first are the runs' own
@@ -201,7 +201,7 @@ def rank_scores(
     measure:str, # column of the measure, large for good
     target:str, # column of what it should predict
     hyperparams:list, # columns that were varied
-    by:list=() # further columns in which compared runs must agree, such as 'seed'
+    by:Sequence=() # further columns in which compared runs must agree, such as 'seed'
 )->pd.Series: # granulated coefficients, 'mean', 'kendall', 'information'
     "Compute all three scores; ValueError as they do (Jiang 2020)."
     psi = granulated_kendall(df, measure, target, hyperparams, by)
@@ -213,7 +213,7 @@ def rank_measures(
     measures:list, # columns; one that starts with '-' is turned, since it is large for bad
     target:str, # column of what they should predict
     hyperparams:list, # columns that were varied
-    by:list=(), # further columns in which compared runs must agree, such as 'seed'
+    by:Sequence=(), # further columns in which compared runs must agree, such as 'seed'
     times:int=500, # resamples, >= 1
     level:float=.95, # of the intervals, in (0,1)
     seed:int=0 # of the resampling
