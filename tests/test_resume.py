@@ -21,7 +21,7 @@ from phantom_nb.experiments.learner import make_learner
 from phantom_nb.experiments.libraries import EMA
 from phantom_nb.experiments.methods import METHODS
 from phantom_nb.experiments.run import Run
-from phantom_nb.experiments.runner import run_one
+from phantom_nb.experiments.runner import run_many, run_one
 from phantom_nb.measures.intraclass import IntraclassMonitor
 from phantom_nb.regularizers.activations import AL2
 from phantom_nb.regularizers.flatness import AMP, SAM
@@ -287,3 +287,19 @@ def test_a_run_with_a_spoilt_checkpoint_begins_anew(tmp_path):
     foreign(work)
     with pytest.warns(UserWarning, match='(?s)begins anew.*no checkpoint of a training'): row = run_one(run, tmp_path/'part')
     assert row['status']=='done' and row['loss']==whole['loss'] and not list(work.parent.iterdir())
+
+def test_a_full_disk_ends_a_sweep_in_which_nothing_is_lost(tmp_path, monkeypatch):
+    "The row that cannot be written is an error, no failed run; what was there stays, and later the rest is trained"
+    specs = [Run(epochs=2, n_train=40, seed=seed) for seed in range(3)]
+    whole = run_many(specs, jobs=1, store=tmp_path/'whole')
+    replace,rows = os.replace,[]
+    def full(source, target):
+        if str(target).endswith('.json'): rows.append(target)
+        if len(rows)>1: raise OSError(28, 'No space left on device', str(target))
+        replace(source, target)
+    with monkeypatch.context() as patch:
+        patch.setattr('phantom_nb.experiments.store.os.replace', full)
+        with pytest.raises(OSError, match='No space'): run_many(specs, jobs=1, store=tmp_path/'part')
+    assert [o.name for o in (tmp_path/'part').iterdir() if o.name!='.work']==[Path(rows[0]).name]
+    again = run_many(specs, jobs=1, store=tmp_path/'part')
+    assert set(again.status)=={'done'} and dict(zip(again.seed, again.loss))==dict(zip(whole.seed, whole.loss))
