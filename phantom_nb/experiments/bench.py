@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint
 from .learner import NoValidation, make_learner, provenance
 from .rivals import bench_rivals
 from .run import Run
+from .scale import bench_scale
 from .store import write_rows
 from ..measures.clustering import cosine_distance_std, silhouette_cosine
 from ..measures.sparsity import OVER
@@ -445,7 +446,7 @@ def bench_sparsity(
 
 # %% ../../nbs/experiments/bench.ipynb #e25e4dd7
 BENCHES = dict(energy=bench_energy, comhe=bench_comhe, phantom=bench_phantom, sparsity=bench_sparsity,
-    monitor=bench_monitor, measures=bench_measures, rivals=bench_rivals, loop=bench_loop)
+    monitor=bench_monitor, measures=bench_measures, rivals=bench_rivals, loop=bench_loop, scale=bench_scale)
 
 def save_bench(
     name:str, # a key of `BENCHES`

@@ -1,0 +1,91 @@
+"Sizes at which a matrix of all pairs cannot be made: the operating system refuses the memory for it"
+import subprocess, sys, time
+from pathlib import Path
+
+import pandas as pd, pytest, torch
+
+from phantom_nb import cli
+from phantom_nb.experiments.bench import BENCHES
+from phantom_nb.experiments.report import filter_rows
+from phantom_nb.experiments.scale import CURVES, PROGRAMS, made_up_rows, peak_memory
+from phantom_nb.experiments.store import load_results
+
+linux = pytest.mark.skipif(sys.platform!='linux', reason="the limit on data is Linux's")
+
+LIMIT = '''
+import resource, sys, tempfile, torch, warnings
+torch.set_num_threads(1)
+{imports}
+warnings.simplefilter('error')
+def used(): return 1024*int(next(o for o in open('/proc/self/status') if o.startswith('VmData')).split()[1])
+with tempfile.TemporaryDirectory() as folder:
+    {prepare}
+    resource.setrlimit(resource.RLIMIT_DATA, (used()+{mb}*10**6, -1))
+    {run}
+print('within')
+'''
+
+def within(mb, imports, prepare, run):
+    "Whether a program gets along with so many MB above what it has when it starts"
+    code = LIMIT.format(mb=mb, imports=imports, prepare=prepare, run=run)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert done.returncode==0 or "can't allocate memory" in done.stderr or 'MemoryError' in done.stderr or 'Killed' in done.stderr or done.returncode<0, done.stderr
+    return done.stdout.strip().endswith('within')
+
+ENERGY = 'from phantom_nb.regularizers.hyperspherical import hyperspherical_energy'
+PLAIN = 'from phantom_nb.experiments.bench import plain_energy'
+WEIGHTS = 'w = torch.randn(12_000, 32, requires_grad=True); (w[:64]@w[:64].T).sum().backward()'
+
+@linux
+@pytest.mark.processes
+def test_energy_of_many_neurons_makes_no_matrix_of_pairs():
+    "12,000 neurons: 576 MB for all pairs once"
+    assert within(300, ENERGY, WEIGHTS, 'hyperspherical_energy(w, half_space=True).backward()')
+    assert not within(300, PLAIN, WEIGHTS, 'plain_energy(w).backward()'), "the limit does not hold"
+
+MEASURES = '''import numpy as np
+from phantom_nb.measures.clustering import cosine_distance_std, layer_values, silhouette_cosine
+from phantom_nb.experiments.scale import samples
+from phantom_nb.experiments import scale
+scale.IN_MEMORY = 0'''
+FILE = "samples(150_000, 128, 10, folder); x = np.memmap(next(__import__('pathlib').Path(folder).glob('*.bin')), 'float32', 'r', shape=(150_000,128)); y = torch.arange(len(x))%10"
+
+@linux
+@pytest.mark.processes
+def test_measures_of_a_file_hold_neither_the_file_nor_a_matrix():
+    "150,000 samples of 128 features are 77 MB, all pairs 90 GB"
+    assert within(70, MEASURES, FILE, 'silhouette_cosine(x, y), cosine_distance_std(x), layer_values(x, y//2, y)')
+    assert not within(70, MEASURES, FILE, 'torch.tensor(np.asarray(x))'), "the limit does not hold"
+
+CAPTURE = '''from phantom_nb.measures.capture import capture
+from phantom_nb.models import create_model
+model = create_model('resnet18', n_in=3, n_out=10, size=(32,32), seed=0)
+def batches(n):
+    for i in range(n): yield torch.full((16,3,32,32), i/n), torch.zeros(16, dtype=torch.long)'''
+
+@linux
+@pytest.mark.processes
+def test_capture_of_a_large_network_holds_no_data():
+    "Sixty batches of a loader, one at a time: what is kept is a few numbers an image"
+    assert within(120, CAPTURE, 'capture(model, batches(2))', "acts = capture(model, batches(60), layers=lambda name, m: name.startswith('stage4')) or 1")
+
+def test_a_hundred_thousand_rows_are_read_filtered_and_drawn_in_seconds(tmp_path):
+    n = 20_000 # a fifth of them, in a fifth of the time
+    path = made_up_rows(n, tmp_path/'rows.jsonl')
+    start = time.process_time()
+    df = load_results(path)
+    assert len(df)==n and len(filter_rows(df, ['method=mhe']))==n//8
+    assert time.process_time()-start < 4
+    cli.main(['results', str(path), '--plot', str(tmp_path/'x.png')])
+    assert time.process_time()-start < 8 and (tmp_path/'x.png').exists()
+
+def test_every_program_has_a_curve(): assert {c['what'] for c in CURVES}==set(PROGRAMS) and 'scale' in BENCHES and 'scale' in cli.BENCH_NAMES
+
+@linux
+def test_memory_is_seen():
+    with peak_memory() as seen: torch.ones(20_000_000).sum()
+    assert 70<seen['mb']<120
+
+def test_recorded_curves_are_complete():
+    rows = pd.read_json(Path(__file__).parent.parent/'results'/'bench-scale.jsonl', lines=True)
+    for c in CURVES: assert len(rows[(rows.what==c['what']) & (rows.axis==c['axis']) & (rows[c['axis']]==c[c['axis']])])>=1, c
