@@ -1,8 +1,10 @@
 "Orthogonality: identities that hold for every matrix"
 import pytest, torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
 
-from phantom_nb.regularizers.orthogonality import FORMS, Orthogonality, orthogonality
+from phantom_nb.plain import attach
+from phantom_nb.regularizers.orthogonality import FORMS, Orthogonality, orthogonality, squared_cosine
 
 sizes = st.integers(1, 8)
 
@@ -31,3 +33,25 @@ def test_groups_add_up_and_steps_share_a_start(form):
 def test_refusals():
     with pytest.raises(ValueError, match="did you mean 'spectral'"): Orthogonality(form='spectrl')
     with pytest.raises(ValueError, match='power_steps=0'): Orthogonality(power_steps=0)
+
+def test_soft_is_the_loop():
+    w = torch.randn(5, 3, dtype=torch.float64)
+    want = sum((a@b-float(i==j))**2 for i,a in enumerate(w) for j,b in enumerate(w))
+    assert torch.isclose(orthogonality(w), want) and torch.isclose(orthogonality(w.T), want-2) # of shape (n,d), n-d more than of (d,n)
+    with pytest.raises(ValueError, match="form='sofd'"): orthogonality(w, 'sofd')
+
+def test_squared_cosine_is_the_loop():
+    w = torch.randn(5, 3, dtype=torch.float64)
+    u = w/w.norm(dim=1, keepdim=True)
+    want = sum((a@b)**2 for i,a in enumerate(u) for j,b in enumerate(u) if i!=j)/(5*9)
+    assert torch.isclose(squared_cosine(w), want)
+
+def test_starts_are_drawn_anew_at_every_step():
+    model,x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)),torch.randn(2, 4)
+    with attach(model, Orthogonality(1., 'spectral', seed=3)) as penalty:
+        for step in range(3):
+            model(x)
+            generator = torch.Generator().manual_seed(3+step)
+            want = sum(orthogonality(m.weight, 'spectral', generator=generator) for m in (model[0], model[2]))
+            assert torch.isclose(penalty(), want, rtol=1e-6)
+    assert Orthogonality(seed=0).seed==0

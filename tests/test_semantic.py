@@ -108,3 +108,20 @@ def test_rounding_lowers_no_logit(n):
     weight = 1e3*torch.randn(1, 40, generator=gen)*torch.tensor([[1.],[1.],[1.],[1.],[-3.]])
     moved = isda_logits(torch.zeros(n, 5), torch.arange(n)%4, weight, torch.rand(5, 40, generator=gen), .5)
     assert (moved>=0).all() and (moved[:,4]>0).all()
+
+def test_moments_leave_out_who_has_no_class():
+    z,y = torch.randn(6, 3),torch.tensor([0, -100, 1, 1, -1, 0])
+    for diagonal in (False, True):
+        found,want = merge_moments(None, z, y, 2, diagonal),merge_moments(None, z[y>=0], y[y>=0], 2, diagonal)
+        assert all(torch.allclose(a, b, atol=1e-6) for a,b in zip(found, want))
+
+def test_a_loop_goes_on_with_loaded_moments():
+    model,x,y = nn.Sequential(nn.Linear(4, 3)),torch.randn(5, 4),torch.arange(5)%3
+    first,second = ISDA(),ISDA()
+    with attach(model, first, total=3) as penalty:
+        model(x)
+        penalty(y)
+        state = penalty.state_dict()
+    with attach(model, second, total=3) as penalty:
+        penalty.load_state_dict(state)
+        assert all(map(torch.equal, first.moments, second.moments))
