@@ -298,6 +298,7 @@ EQUIVALENT = { # changes that mean nothing: part of a module and function, of wh
     ('embeddings within_class_share', '1e-12'):"a guard against 0/0, which no set of directions comes near",
     ('embeddings lookalike_pairs', '< least - 1e-06'):"a slack for rounding, exactly met by chance alone",
     ('norms NormalizeAndProject.__init__', '_growth'):"every fit begins by setting it",
+    ('orthogonality _start', 'manual_seed(0)'):"one fixed start is as good as another",
     ('norms NormalizeAndProject.factor', ''):"nothing is added to the loss, so its factor does not count",
     ('norms NormalizeAndProject.close', '__exit__'):"Python closes a context that is dropped",
     ('norms NormalizeAndProject.penalty', 'float32'):"a record of one number, in either type",
