@@ -162,13 +162,15 @@ def comparison_html(
 )->str: # a whole page
     "Write a comparison as HTML that needs nothing else; settings without the baseline are left out (ours)."
     parts = [(name, part) for name,part in _settings(df) if baseline in set(part.method)]
-    if not parts: raise ValueError(f"baseline={baseline!r} has no runs in any setting: there is nothing to compare with")
+    if not parts:
+        raise ValueError(f"baseline={baseline!r} has no runs in any setting: there is nothing to compare with")
     sections = ''.join(_section(part, name, baseline, metric) for name,part in parts)
     title = escape(title or 'A comparison')
     return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f'<title>{title}</title><style>{STYLE}</style></head><body><main><h1>{title}</h1>{sections}'
-        '<p>Intervals are 95 %, paired by seed, corrected over the methods of a setting (Holm).</p></main></body></html>')
+        '<p>Intervals are 95 %, paired by seed, corrected over the methods of a setting (Holm).</p>'
+        '</main></body></html>')
 
 def save_comparison(
     df:pd.DataFrame, # recorded runs, as `load_results` gives

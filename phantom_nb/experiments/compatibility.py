@@ -117,8 +117,8 @@ def _lines(length=48):
         labels += [label]*len(found)
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0))
     pairs = [(torch.tensor(lines[i]), torch.tensor(labels[i])) for i in order.tolist()]
-    train,valid = DataLoader(pairs[:2*BATCH], bs=BATCH, device='cpu'),DataLoader(pairs[2*BATCH:], bs=BATCH, device='cpu')
-    return DataLoaders(train, valid)
+    parts = pairs[:2*BATCH],pairs[2*BATCH:]
+    return DataLoaders(*(DataLoader(part, bs=BATCH, device='cpu') for part in parts))
 
 class _TextNet(nn.Module):
     "Characters, one layer of a transformer, the mean over places, classes"
@@ -286,7 +286,8 @@ def _plain(train): return _seeded(train, ())
 
 def _tried(method, way, train):
     "A row: outcome, change and the reason"
-    def row(outcome, change=math.nan, why=''): return dict(method=method, way=way, outcome=outcome, change=change, why=why)
+    def row(outcome, change=math.nan, why=''):
+        return dict(method=method, way=way, outcome=outcome, change=change, why=why)
     start,plain,hooks = _plain(train)
     try: _,weights,left = _seeded(train, regularizers_of(method))
     except ImportError as e: return row('missing', why=str(e))
@@ -313,7 +314,9 @@ def compatibility(
     rows = []
     for way in ways:
         try: rows += _distributed(methods) if way=='DDP' else [_tried(m, way, WAYS[way].train) for m in methods]
-        except ImportError as e: rows += [dict(method=m, way=way, outcome='missing', change=math.nan, why=str(e)) for m in methods]
+        except ImportError as e:
+            missing = dict(way=way, outcome='missing', change=math.nan, why=str(e))
+            rows += [dict(method=m, **missing) for m in methods]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/compatibility.ipynb #40b4c916

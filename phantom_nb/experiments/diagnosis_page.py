@@ -176,7 +176,8 @@ def draw_bands(
     ax.invert_yaxis()
 
 PANELS = dict(curves=draw_curves, calibration=draw_calibration, confusions=draw_confusions, similarity=draw_similarity,
-    margins=draw_margins, energy=draw_energy, norms=draw_norms, activations=draw_activations, intraclass=draw_intraclass, bands=draw_bands)
+    margins=draw_margins, energy=draw_energy, norms=draw_norms, activations=draw_activations,
+    intraclass=draw_intraclass, bands=draw_bands)
 
 def panels_of(
     d:Diagnosis # measured
@@ -184,7 +185,8 @@ def panels_of(
     "Choose the panels; at chance level only those that judge outputs (ours)."
     there = dict(curves=len(d.curves)>0, energy=len(d.weights)>0, norms=len(d.weights)>0, bands=bool(d.bands),
         similarity=bool(d.valid['cosines'].isfinite().any()))
-    silent = {'bands','intraclass','similarity'} if at_chance(d.train['accuracy'], d.train['n'], len(d.classes)) else set()
+    guesses = at_chance(d.train['accuracy'], d.train['n'], len(d.classes))
+    silent = {'bands','intraclass','similarity'} if guesses else set()
     return {name:draw for name,draw in PANELS.items() if there.get(name, True) and name not in silent}
 
 def plot_diagnosis(
