@@ -441,8 +441,8 @@ def show_comparison(
     if len(bad): console.print(f"{len(bad)} of {len(df)} runs did not finish ({why}); they are left out of the means.")
     if 'failed' in set(bad.status):
         error = bad[bad.status=='failed'].error.iloc[0]
-        console.print(f"The first error: {error}. To try a failed run again, delete its file in {out/'runs'} and repeat the command.",
-            soft_wrap=True, highlight=False, markup=False)
+        console.print(f"The first error: {error}. To try a failed run again, delete its file in {out/'runs'} "
+            "and repeat the command.", soft_wrap=True, highlight=False, markup=False)
     console.print(f"Rows: {out/'results.csv'}   picture: {out/'comparison.png'}", soft_wrap=True, highlight=False)
 
 # %% ../../nbs/experiments/report.ipynb #b1ff6dbf
@@ -459,7 +459,8 @@ def front_figure(
     nrows = -(-len(table['settings'])//ncols)
     with plt.style.context(HOUSE):
         size = (1.3+2.2*ncols, nrows*(1+.25*len(names)))
-        fig,axs = plt.subplots(nrows, ncols, figsize=size, sharex=True, sharey=True, squeeze=False, layout='constrained')
+        fig,axs = plt.subplots(nrows, ncols, figsize=size, sharex=True, sharey=True, squeeze=False,
+            layout='constrained')
         for ax,(setting,about) in zip(axs.flat, table['settings'].items()):
             ax.axvspan(-.5, .5, color='.94', zorder=0)
             ax.axvline(0, color='.75', lw=.8, zorder=0)
