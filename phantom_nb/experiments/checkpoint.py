@@ -162,7 +162,7 @@ def last_checkpoint(
     path:str|Path, # file of `Checkpoint`
     device:str|torch.device='cpu' # of the network
 )->dict|None: # content of the last whole checkpoint; None where nothing was written yet
-    "Read the last checkpoint that is whole, with a warning if that is the one before; else raise a `CheckpointError` (ours)."
+    "Read the last whole checkpoint, with a warning if it is the one before, or raise a `CheckpointError` (ours)."
     files = [file for file in (Path(path), previous_file(path)) if file.exists()]
     for file in files:
         try: return read_checkpoint(file, device)

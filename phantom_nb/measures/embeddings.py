@@ -168,7 +168,7 @@ def refuse_if(
     message:str, # what to say
     in_detail:Callable|None=None # says it with the values, where the program may wait for them
 )->None:
-    "Raise a `ValueError` if any is wrong; a GPU stops the program itself when it sees it, which needs no waiting (ours)."
+    "Raise a `ValueError` if any is wrong; a GPU stops the program when it sees it, without waiting (ours)."
     if wrong.device.type in ('cuda','meta'): torch._assert_async(~wrong.any(), message)
     elif wrong.any(): raise ValueError(in_detail() if in_detail else message)
 
@@ -184,7 +184,8 @@ def check_classes(
     if n_classes is not None: wrong = wrong | (y>=n_classes)
     last = 'any number' if n_classes is None else n_classes-1
     right = f"n_classes={n_classes}: classes are 0 to {last}"
-    refuse_if(wrong, f"y holds classes that there are not, {right}", lambda: f"y holds class {y[wrong][0].item()}, {right}")
+    def named(): return f"y holds class {y[wrong][0].item()}, {right}"
+    refuse_if(wrong, f"y holds classes that there are not, {right}", named)
     return y
 
 def directions(

@@ -27,7 +27,8 @@ def _sample(batches, network):
     batches,device = [batch for batch in batches if len(batch[0])],device_of(network)
     if not batches: raise ValueError("no samples: give batches of (inputs, labels)")
     x,y = [torch.cat([part.as_subclass(Tensor) for part in parts]).to(device) for parts in zip(*batches)]
-    if y.ndim!=1 or y.is_floating_point(): raise ValueError(f"labels of {tuple(y.shape)} {y.dtype}: give one class a sample")
+    if y.ndim!=1 or y.is_floating_point():
+        raise ValueError(f"labels of {tuple(y.shape)} {y.dtype}: give one class a sample")
     return x,check_classes(y, network(x[:1]).shape[1], negative=False)
 
 class _Perturbed:

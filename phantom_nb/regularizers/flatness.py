@@ -26,7 +26,7 @@ def sam_displacement(
     "Find the direction in which the loss rises fastest (Foret 2021, eq. 2; Kwon 2021, eq. 8)."
     scales = [w.detach().abs()+eta if adaptive else torch.ones_like(w) for w in weights]
     scaled = [t*g for t,g in zip(scales, gradients)]
-    return [rho*t*v for t,v in zip(scales, unit_together(scaled))] # a gradient of zero has no direction: the weights stay
+    return [rho*t*v for t,v in zip(scales, unit_together(scaled))] # a gradient of zero: the weights stay
 
 # %% ../../nbs/regularizers/flatness.ipynb #b3401555
 def amp_displacement(
