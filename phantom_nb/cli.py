@@ -39,7 +39,7 @@ def seconds_of(
 # %% ../nbs/cli.ipynb #73412cfd
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Regularizers and over-fitting diagnostics for image classifiers trained on little data.")
-BENCH_NAMES = 'energy','comhe','phantom','sparsity','monitor','measures','rivals','loop','scale','step'
+BENCH_NAMES = 'energy','comhe','penalty','phantom','sparsity','monitor','measures','rivals','loop','scale','step'
 ENGINE_NAMES = 'local','ray'
 PICTURES = '.png','.svg','.pdf'
 
