@@ -70,7 +70,8 @@ def select_layers(
 
 # %% ../nbs/core.ipynb #0d107efe
 def weight_view(
-    module:nn.Module # Linear, or Conv1d-3d, transposed or not
+    module:nn.Module, # Linear, or Conv1d-3d, transposed or not
+    ordered:bool=True # inputs by channel, as in a contiguous weight; else as the memory has them, without a copy
 )->Tensor: # (g,n,d): g groups (1 unless grouped), n neurons each, d inputs each; a view or a copy, with gradient
     "View the weight of `module` as neurons; raise a `ValueError` if it has none or is not initialised (Liu 2018)."
     w = getattr(module, 'weight', None)
@@ -79,6 +80,8 @@ def weight_view(
         raise ValueError(f"{type(module).__name__} is not initialised: run one batch through the model first")
     if w is None or not isinstance(module, WEIGHT_TYPES):
         raise ValueError(f"{type(module).__name__} has no neurons: choose Linear or Conv layers")
+    channels_last = not isinstance(module, _ConvTransposeNd) and w.movedim(1, -1).is_contiguous()
+    if channels_last and not ordered: w = w.movedim(1, -1)
     w = w.unflatten(0, (groups,-1))
     if isinstance(module, _ConvTransposeNd): w = w.transpose(1, 2) # (g,in,out,...) -> (g,out,in,...)
     return w.flatten(2)

@@ -6,6 +6,7 @@ from pathlib import Path
 import joblib, pytest, torch
 from filelock import FileLock
 
+from phantom_nb.experiments.engines import spread
 from phantom_nb.experiments.methods import METHODS
 from phantom_nb.experiments.runner import Run, load_results, run_many, run_one, train_run
 
@@ -161,6 +162,14 @@ def test_two_jobs_are_not_slower_than_one_after_the_other(tmp_path):
     for j in (1,2): seconds(j, f'warm{j}')
     best = {j:min(seconds(j, f'{j}-{i}') for i in range(2)) for j in (1,2)}
     assert best[2] < 1.15*best[1], best
+
+def interrupted(item, device, threads):
+    os.kill(os.getpid(), signal.SIGINT)
+    return item
+
+def test_workers_do_not_hear_ctrl_c():
+    "A terminal sends it to all processes of a command; only the command itself is to act"
+    assert sorted(spread(interrupted, [1,2,3], jobs=2))==[1,2,3]
 
 @pytest.mark.skipif(not shutil.which('g++'), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize('method', ['none','half_mhe'])

@@ -250,6 +250,16 @@ def test_layers_of_equal_shape_go_through_together():
         w = mhe.selected[name].weight
         assert abs(e-hyperspherical_energy(w, half_space=w.shape[0]!=10)) < 1e-6
 
+def test_large_layers_go_through_as_they_lie():
+    "On a CPU neither channels-last weights nor layers of one shape are copied, and the energies stay what they are"
+    model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.Conv2d(64, 128, 3), nn.Conv2d(128, 128, 3), nn.Conv2d(128, 128, 3), nn.Conv2d(128, 9, 3))
+    want = [hyperspherical_energy(conv.weight.flatten(1).double(), half_space=i<4) for i,conv in enumerate(model)]
+    mhe = MHE(half_space=True)
+    with attach(model.to(memory_format=torch.channels_last), mhe):
+        assert all(torch.isclose(e.double(), w, rtol=1e-6) for e,w in zip(mhe.energies().values(), want, strict=True))
+        for names in mhe.stacks.values():
+            assert [mhe.stack_weights(names).data_ptr()]==[mhe.selected[name].weight.data_ptr() for name in names]
+
 @pytest.mark.parametrize('make', [partial(MHE, half_space=True), partial(MHE, s=0.), partial(CoMHE, 'random', k=5), partial(CoMHE, 'expected', k=5)])
 def test_padded_as_on_a_gpu(monkeypatch, make):
     "All layers in one go give the energies and gradients of one by one, in fewer operations (views counted)"

@@ -8,6 +8,7 @@ __all__ = ['ENGINES', 'RUNS_PER_GPU', 'local_engine', 'ray_engine', 'share_out',
 # %% ../../nbs/experiments/engines.ipynb #38ae5f93
 import os, signal, threading, time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import joblib, torch
@@ -31,15 +32,21 @@ def _end_with_parent():
     def watch(parent):
         while os.getppid()==parent: time.sleep(1)
         os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # its parent hears Ctrl-C
     threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+
+@contextmanager
+def _deaf_to_interrupts():
+    "Ignore Ctrl-C for a moment, and for ever in the processes that start meanwhile, which inherit this"
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try: yield
+    finally:
+        if main: signal.signal(signal.SIGINT, before)
 
 def _kill_workers():
     "End all workers; a second Ctrl-C in the meantime does not leave half of them running"
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-    try: get_reusable_executor().shutdown(wait=False, kill_workers=True)
-    finally:
-        if main: signal.signal(signal.SIGINT, before)
+    with _deaf_to_interrupts(): get_reusable_executor().shutdown(wait=False, kill_workers=True)
 
 def local_engine(
     work:Callable, # importable function of an item; takes `device` and `threads` too
@@ -55,7 +62,9 @@ def local_engine(
     for left in range(retries, -1, -1):
         tasks = [joblib.delayed(_call_numbered)(i, work, *pair) for i,pair in todo.items()]
         try:
-            for i,result in joblib.Parallel(jobs, return_as='generator_unordered', batch_size=1)(tasks):
+            with _deaf_to_interrupts():
+                results = joblib.Parallel(jobs, return_as='generator_unordered', batch_size=1)(tasks)
+            for i,result in results:
                 del todo[i]
                 yield result
             return

@@ -59,7 +59,7 @@ class CoMHE(MHE):
         self.p_steps = whole('steps', steps, at_least=0)
         whole('seed', seed, at_least=0)
         if p_lr is not None: number('p_lr', p_lr, at_least=0, what="None for the network's rate, or a number")
-        self.learns = projection in SLOPES
+        self.learns,self.ordered = projection in SLOPES, projection!='expected'
         self.per_neurons = whole('per_neurons', per_neurons, at_least=0)
         if per_neurons and (projection in ('expected','group') or share_basis):
             raise ValueError(f"per_neurons={per_neurons!r}: only layers with projections of their own count them")

@@ -68,12 +68,23 @@ def _lengths(q, n, eps, dtype):
     share = (lifted/total.masked_fill(total==0, 1)).masked_fill(zero, 0).to(dtype)
     return Directions(None, r, c, share, q<=floor)
 
+def _dear_to_copy(w):
+    "Whether a copy of the tensor costs a CPU more than further calls"
+    return w.device.type=='cpu' and w.numel()>=2**16
+
+def _norms(w):
+    "Lengths `(g,n,1)` of neurons; float64 would need a copy, and few of them need float64"
+    if _dear_to_copy(w) and w.dtype==torch.float32:
+        short = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        if ((short>1e-15) & (short<1e15)).all(): return short
+    return torch.linalg.vector_norm(w, dim=-1, keepdim=True, dtype=_wide_type(w))
+
 def directions(
     w:Tensor, # (g,n,d) neurons
     eps:float|None=None # added to the squared norms, >= 0; None: lift short neurons
 )->Directions: # with tensors of the type of `w`
     "Normalise neurons; a zero neuron has no direction and stays zero (eq. 1)."
-    q = torch.linalg.vector_norm(w, dim=-1, keepdim=True, dtype=_wide_type(w)).square()
+    q = _norms(w).to(_wide_type(w)).square()
     to = _lengths(q, w.shape[-2], eps, w.dtype)
     return to._replace(w_hat=w*to.r)
 
@@ -240,8 +251,8 @@ def in_groups(
     f:Callable, # takes tensors (b,...), gives a tensor (b,...)
     *lists # of tensors (b,...), as many in each
 )->list: # what `f` gives for each place of the lists
-    "Apply a function at once to all tensors of one shape, the first axis aside, and take the result apart (ours)."
-    shapes = [tuple(x.shape[1:] for x in xs) for xs in zip(*lists)]
+    "Apply a function at once to all small tensors of one shape, the first axis aside; take the result apart (ours)."
+    shapes = [(*(x.shape[1:] for x in xs), i*_dear_to_copy(xs[0])) for i,xs in enumerate(zip(*lists), 1)]
     results = {}
     for shape in dict.fromkeys(shapes):
         at = [i for i,other in enumerate(shapes) if other==shape]
@@ -350,9 +361,12 @@ class Stack(NamedTuple):
     role:str # space of the energy, 'half' or 'full'; in `CoMHE` also 'project'
     is_output:bool # whether it is the output layer
     shape:tuple # (g,n,d) of a layer
+    alone:str = '' # name of a layer that is too large to be copied next to others
 
 class MHE(Regularizer):
     "Minimise the hyperspherical energy of every layer's neurons (Liu 2018)."
+    ordered = False # cosines do not depend on the order of a neuron's inputs
+
     def __init__(self,
         lam:float|Callable=1., # weight >= 0, or an annealer
         s:float=2., # power of the distance, in [0,10]
@@ -388,7 +402,9 @@ class MHE(Regularizer):
         self.selected = {name:module for name,module in self.selected.items() if weight_view(module).shape[1]>1}
         if not self.selected: raise ValueError(f"layers={self.layers!r}: all have one neuron a group, so no pairs")
         self.stacks = {}
-        for name,stack in self.sort_layers().items(): self.stacks.setdefault(stack, []).append(name)
+        for name,stack in self.sort_layers().items():
+            if not self.ordered and _dear_to_copy(self.selected[name].weight): stack = stack._replace(alone=name)
+            self.stacks.setdefault(stack, []).append(name)
 
     def sort_layers(self)->dict: # name -> Stack
         "Say which layers go through the energy together."
@@ -400,7 +416,7 @@ class MHE(Regularizer):
         names:list # of layers of one shape
     )->Tensor: # (l,g,n,d)
         "Put the weights of a stack on top of each other."
-        ws = [weight_view(self.selected[name])[None] for name in names]
+        ws = [weight_view(self.selected[name], self.ordered)[None] for name in names]
         return torch.cat(ws) if len(ws)>1 else ws[0]
 
     def group_energies(self,

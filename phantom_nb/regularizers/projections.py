@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import number, one_of, whole
-from .energy import Form, _check_neurons, _energy_grad, _wide, directions, energies_together
-from .energy import full_float32, hyperspherical_energy, in_groups, radial_part
+from .energy import Form, _check_neurons, _energy_grad, _rows, _wide, directions
+from .energy import energies_together, full_float32, hyperspherical_energy, in_groups, radial_part
 
 # %% ../../nbs/regularizers/projections.ipynb #c27f3293
 def project(
@@ -95,9 +95,17 @@ def expected_energy(
 
 # %% ../../nbs/regularizers/projections.ipynb #987818e3
 class _Gram(torch.autograd.Function):
-    "x x^T, which is symmetric: its gradient needs one product, not two"
+    "x x^T, which is symmetric: half of it is enough for a CPU, and its gradient needs one product, not two"
     @staticmethod
-    def forward(x): return x@x.mT
+    def forward(x):
+        n,rows = x.shape[-2],_rows(x)
+        if x.device.type!='cpu' or n<=rows: return x@x.mT
+        g = x.new_empty(*x.shape[:-1], n)
+        for i in range(0, n, rows):
+            panel = g[...,i:i+rows,i:] = x[...,i:i+rows,:]@x[...,i:,:].mT
+            g[...,i+rows:,i:i+rows] = panel[...,rows:].mT
+        return g
+
     @staticmethod
     def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
     @staticmethod
