@@ -59,8 +59,8 @@ def number(
 )->float: # `value`
     "Return `value` if it is a finite number in the range; else raise a `ValueError` that says the range (ours)."
     ends = dict(at_least=at_least, above=above, at_most=at_most, below=below)
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and abs(value)<=sys.float_info.max
-    if is_number and not _outside(value, **ends): return value
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and abs(value)<=sys.float_info.max and not _outside(value, **ends): return value
     raise ValueError(f"{name}={_shown(value)}: give {what}{_range_words(**ends)}")
 
 def whole(

@@ -69,7 +69,7 @@ Budget = Annotated[str|None, _option("Time for everything, such as 30m or 2h (45
     "what does not fit is left out, and said.")]
 
 # %% ../nbs/cli.ipynb #67c05778
-_SLIPS = [] # what is wrong with the words of the command line, for the command's own checks
+_SLIPS = list[str]() # what is wrong with the words of the command line, for the command's own checks
 
 def _checks()->Refusals:
     "A block of checks that begins with what is wrong with the words of the command line"
@@ -96,7 +96,8 @@ class _Word(NamedTuple):
 
 def _words_of(command):
     "Options by name, and places, of a command's function"
-    options,places = {},[]
+    options = dict[str,_Word]()
+    places = list[_Word]()
     for name,param in inspect.signature(command).parameters.items():
         kind,info = get_args(param.annotation)
         needed,kinds = param.default is param.empty, get_args(kind) or (kind,)
@@ -125,7 +126,8 @@ def _option_words(word, words, options, check, behind):
 def _known_words(command, words, check):
     "The words that options or places read; all others are refused"
     options,places = _words_of(command)
-    kept,given,words = [],[],list(words)
+    given = list[str]()
+    kept,words = [],list(words)
     while words:
         word = words.pop(0)
         behind = len(given)>=len(places) # the places are filled, so a further word is a value
@@ -142,7 +144,8 @@ def _understood(
     "Keep in `_SLIPS` what is wrong with the words; raise a `Refused` if the command cannot check the rest (ours)."
     _SLIPS.clear()
     if not args or '--help' in args or '--version' in args: return args
-    commands = {command.name or command.callback.__name__:command.callback for command in app.registered_commands}
+    commands = {command.name or command.callback.__name__:command.callback for command in app.registered_commands
+        if command.callback}
     if args[0].startswith('-'): one_of('option', args[0], ['--help','--version'])
     with Refusals() as check:
         check(one_of, 'command', args[0], commands)
@@ -389,7 +392,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
         except KeyboardInterrupt: code = 130
     df = load_results(out/'results.jsonl') if (out/'results.jsonl').exists() else None
     there = 0 if df is None else len(df)
-    if there: show_results(df, console, metric='accuracy' if 'accuracy' in df else 'valid_accuracy')
+    if df is not None and there: show_results(df, console, metric='accuracy' if 'accuracy' in df else 'valid_accuracy')
     if sentence := _others_words(out, df): _say(console, sentence)
     if there<n: _say(console, f"{there} of {plan.counted(n, 'run')} are in. The same command goes on from here.")
     if there: _say(console, f"Rows: {out/'results.jsonl'}")
@@ -444,7 +447,7 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accu
         for column in columns or []: check(one_of, 'over', column, df)
         check(one_of, 'metric', metric, [*df.select_dtypes('number')])
         df = check(filter_rows, df, where)
-        if df is not None and not len(df): check.refuse(f"no runs in {path} with {' and '.join(where)}")
+        if df is not None and not len(df): check.refuse(f"no runs in {path} with {' and '.join(where or [])}")
         elif df is not None and baseline!='none':
             check(one_of, 'baseline', baseline, sorted((df if columns else tell_apart(df)[0]).method.unique()))
     higher = None if lower_is_better is None else not lower_is_better

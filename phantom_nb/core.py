@@ -9,7 +9,7 @@ __all__ = ['WEIGHT_TYPES', 'matches', 'select_layers', 'weight_view', 'TrainingC
 # %% ../nbs/core.ipynb #94be1dac
 import copy, logging, math, secrets
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -31,7 +31,7 @@ WEIGHT_TYPES = (nn.Linear, _ConvNd)
 def matches(
     name:str, # dotted name of the module
     module:nn.Module, # the module
-    layers:type|str|Callable|list # a type, a name pattern, a predicate(name, module), or a list of these
+    layers:type|str|Callable|Sequence # a type, a name pattern, a predicate(name, module), or a list of these
 )->bool: # whether `layers` selects this module
     "Apply one selector to one module; a `ValueError` for what is no selector (ours)."
     if isinstance(layers, (list,tuple)): return any(matches(name, module, selector) for selector in layers)
@@ -53,8 +53,8 @@ def _weight_layers(model, types):
 # %% ../nbs/core.ipynb #446a730c
 def select_layers(
     model:nn.Module, # network to search; wrappers of `DataParallel` and `torch.compile` are looked through
-    layers:type|str|Callable|list|None=None, # type, pattern, predicate(name, module), list of these, 'hidden', 'output'
-    types:tuple=WEIGHT_TYPES # module types that qualify where `layers` is not itself a type
+    layers:type|str|Callable|Sequence|None=None, # type, pattern, predicate(name, module), several, 'hidden', 'output'
+    types:tuple|type=WEIGHT_TYPES # module types that qualify where `layers` is not itself a type
 )->dict: # name -> module, in the order of registration, at least one
     "Select layers of `model`, or raise a `ValueError` that lists the layers there are (ours)."
     if isinstance(layers, type): types = layers
@@ -102,7 +102,8 @@ class _OneBatch:
 
 class TrainingCallback(Callback):
     "Base of regularizers and monitors: closes what it opens, stays behind on export, has a name of its own (ours)."
-    _name = None
+    _name:str|None = None
+    _hooks:AbstractContextManager|None = None # what `open` entered
 
     def open(self)->None: pass # enter hooks before a forward pass
     def close(self)->None: pass # leave them; called more often than `open`, also after errors
@@ -152,15 +153,19 @@ class Regularizer(TrainingCallback):
     order = GradientAccumulation.order-1
     run_valid = False
     kind = 'penalty' # or 'second_pass', 'loss', 'projection': what the contract words its promises for
-    types = WEIGHT_TYPES # module types that `layers` selects from
+    types:tuple = WEIGHT_TYPES # module types that `layers` selects from
     ramp = False # whether a number given as `lam` is where a straight line from zero ends
     decomposes = True # whether the penalty of a batch is the mean of those of its parts
     probe_every = 50 # steps from one measurement of the share to the next
+    selected:dict
+    records:list
+    _written:dict|None
+    _before_lr_find:dict|None
 
     def __init__(self,
         lam:float|Callable=1., # weight >= 0, or a function of progress in [0,1] such as a fastai annealer
         every:int=1, # optimizer steps from one penalty to the next, >= 1; the penalty is multiplied by it
-        layers:type|str|Callable|list|None=None # see `select_layers`; None for all layers of `self.types`
+        layers:type|str|Callable|Sequence|None=None # see `select_layers`; None for all layers of `self.types`
     ):
         if not callable(lam): number('lam', lam, at_least=0, what="an annealer such as SchedLin(0., 1.), or a number")
         whole('every', every, at_least=1, what="a whole number of steps")
@@ -332,15 +337,15 @@ class ActivationRegularizer(Regularizer):
     "Base for penalties on activations: `self.acts` is name -> tensor of this batch, gradient attached (ours)."
     types = (nn.ReLU, nn.GELU, nn.SiLU)
     decomposes = False
-    acts = {} # name -> tensor of this batch, empty ahead of a forward pass
+    acts:dict = {} # name -> tensor of this batch, empty ahead of a forward pass
     inputs = False # whether `acts` are what the layers are given rather than what they put out
-    _hooks = None
 
     def open(self):
         self.close()
         self.acts = {}
         def keep(call): self.acts[call.name] = call.x if self.inputs else call.out
-        self._hooks = catch(self.model, self.selected, **{'before' if self.inputs else 'after':keep})
+        before,after = (keep, None) if self.inputs else (None, keep)
+        self._hooks = catch(self.model, self.selected, before=before, after=after)
         self._hooks.__enter__()
 
     def close(self):

@@ -21,7 +21,7 @@ def unwrap(
 )->nn.Module: # the network itself
     "Look through the wrappers of a network, however they are nested (PyTorch)."
     while True:
-        if hasattr(model, '_orig_mod'): model = model._orig_mod
+        if (inner := getattr(model, '_orig_mod', None)) is not None: model = inner
         elif isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
         else: return model
 

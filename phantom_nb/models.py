@@ -9,6 +9,7 @@ __all__ = ['SIDES', 'MODELS', 'NORMS', 'small_cnn', 'Residual', 'resnet9', 'cnn9
 # %% ../nbs/models.ipynb #a7695deb
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 
@@ -239,7 +240,8 @@ def resnet18(
     "Build ResNet-18 with a first layer for small images; ValueError below 8×8 (He 2016, torchvision)."
     _check('resnet18', size, n_in=n_in, n_out=n_out)
     number('dropout', dropout, at_least=0, below=1)
-    net = keep_inputs(resnet.ResNet(_BasicBlock, [2,2,2,2], num_classes=n_out))
+    net = resnet.ResNet(_BasicBlock, [2,2,2,2], num_classes=n_out)
+    keep_inputs(net)
     net.conv1 = nn.Conv2d(n_in, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu')
     net.maxpool = nn.Identity()
@@ -262,7 +264,7 @@ def _resnet9(n_in=3, n_out=10, size=32, width=1., dropout=0.):
     "`resnet9` with a factor for a width, as the others have it"
     return resnet9(n_in, n_out, size, _scaled(32, width, 'width'), dropout)
 
-MODELS = dict(small_cnn=small_cnn, plain_cnn=plain_cnn, resnet9=_resnet9, cnn9=cnn9, vgg=vgg, wrn=wrn,
+MODELS = dict[str,Callable](small_cnn=small_cnn, plain_cnn=plain_cnn, resnet9=_resnet9, cnn9=cnn9, vgg=vgg, wrn=wrn,
     resnet18=resnet18)
 
 def _options(name): return signature(foreign_model if is_foreign(name) else MODELS[name]).parameters

@@ -19,7 +19,10 @@ from .core import Regularizer
 # %% ../nbs/plain.ipynb #e9d092ce
 class _Loop:
     "What a regularizer finds in the place of a `Learner`"
-    opt = loss_func = dls = again = None # a plain loop keeps these to itself
+    opt = loss_func = dls = None # a plain loop keeps these to itself
+    again:Callable|None = None
+    xb:tuple
+    yb:tuple
     training = True
     def __init__(self, model, total):
         self.model = model
@@ -54,6 +57,8 @@ def _logits(out)->Tensor|None:
 # %% ../nbs/plain.ipynb #612f7989
 class attach:
     "Attach regularizers to a network in a training loop of your own; a context, gone without a trace (ours)."
+    _loop:_Loop|None
+
     def __init__(self,
         model:nn.Module, # network, as the loop calls it: bare, compiled, or wrapped by DistributedDataParallel
         *regularizers:Regularizer, # such as `MHE(.1)`; at least one, each in one loop or `Learner` at a time
@@ -105,15 +110,18 @@ class attach:
             reg.learn = None
         self._loop = None
 
-    def _watching(self): return torch.is_grad_enabled() and not self._loop.again
+    def _watching(self): # the loop, in a forward pass that counts
+        loop = self._loop
+        return loop if loop and torch.is_grad_enabled() and not loop.again else None
     def _before(self, model, args, kwargs):
-        if not self._watching(): return
-        self._loop.xb = args or tuple(kwargs.values()) # Hugging Face gives all by name
+        loop = self._watching()
+        if not loop: return
+        loop.xb = args or tuple(kwargs.values()) # Hugging Face gives all by name
         for reg in self.regularizers:
             reg.close() # of a forward pass that no penalty followed
             if reg.is_due(): reg.open()
     def _after(self, model, args, out):
-        if self._watching(): self._loop.answer = out
+        if loop := self._watching(): loop.answer = out
 
     def __call__(self,
         y:Tensor|None=None, # (B,) labels of the batch, as the methods need them; None where all act on weights
@@ -133,17 +141,15 @@ class attach:
             example = "penalty(y, loss=loss, again=lambda: cross_entropy(model(x), y))"
             raise ValueError(f"{second[0]} takes a second pass: give {example}")
         loop.again = again
-        try: terms = [reg.term() for reg in self.regularizers]
+        try: terms = [term for reg in self.regularizers if (term := reg.term()) is not None]
         finally:
             loop.again = None
             for reg in self.regularizers: reg.close()
-        if update: self._step()
+        if update: self._step(loop)
         loop.answer = loop.loss = loop.loss_grad = None
-        terms = [term for term in terms if term is not None]
         return sum(terms[1:], terms[0]) if terms else torch.zeros((), device=next(self.model.parameters()).device)
 
-    def _step(self):
-        loop = self._loop
+    def _step(self, loop):
         for reg in self.regularizers: reg.after_step()
         loop.iter += 1
         loop.train_iter += 1

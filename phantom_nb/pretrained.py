@@ -13,13 +13,14 @@ import torch, torchvision
 from collections.abc import Iterable
 from pathlib import Path
 from torch import Tensor, nn
+from typing import Any
 from .checks import number, whole
 from .hooks import evaluating, unwrap
 
 # %% ../nbs/pretrained.ipynb #65546fa3
 def last_layer(
     model:nn.Module # a classifier
-)->tuple[str,nn.Module]: # dotted name and module of the layer that makes the logits
+)->tuple[str,nn.Linear|nn.Conv2d]: # dotted name and module of the layer that makes the logits
     "Find the classifier: the last Linear or Conv2d; ValueError if there is none (ours)."
     layers = [(name, m) for name,m in unwrap(model).named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     if not layers: raise ValueError(f"{type(model).__name__} has no Linear or Conv2d layer")
@@ -55,7 +56,7 @@ def keep_inputs(
 )->nn.Module: # the same
     "Switch off activations that overwrite their input, so that a hook can keep what it sees (ours)."
     for module in model.modules():
-        if getattr(module, 'inplace', False) is True: module.inplace = False
+        if getattr(module, 'inplace', False) is True: setattr(module, 'inplace', False)
     return model
 
 # %% ../nbs/pretrained.ipynb #0072f077
@@ -67,7 +68,7 @@ def read_weights(
     if not path.is_file(): raise FileNotFoundError(f"weights={str(path)!r} is not a file")
     if path.suffix == '.safetensors':
         from safetensors.torch import load_file
-        state = load_file(path)
+        state = dict[str,Any](load_file(path))
     else:
         try: state = torch.load(path, map_location='cpu', weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
@@ -255,7 +256,8 @@ def param_groups(
     head = {id(p) for p in last_layer(network)[1].parameters()}
     layers = [name for name,m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][:-1]
     middle = layers[len(layers)//2]+'.' if layers else ''
-    groups,late = [[],[],[]],False
+    groups = [list[nn.Parameter]() for _ in range(3)]
+    late = False
     for name,p in network.named_parameters():
         late = late or bool(middle) and name.startswith(middle)
         groups[2 if id(p) in head else int(late)].append(p)

@@ -45,10 +45,10 @@ def gather_rows(
     mine = torch.tensor(len(z), device=z.device)
     counts = [torch.zeros_like(mine) for _ in range(distributed.get_world_size())]
     distributed.all_gather(counts, mine)
-    counts = torch.stack(counts).tolist()
-    filled = F.pad(z, [0,0]*(z.ndim-1) + [0,max(counts)-len(z)])
-    parts = gather_equal(filled).chunk(len(counts))
-    return torch.cat([part[:n] for part,n in zip(parts, counts)])
+    lengths = torch.stack(counts).tolist()
+    filled = F.pad(z, [0,0]*(z.ndim-1) + [0,max(lengths)-len(z)])
+    parts = gather_equal(filled).chunk(len(lengths))
+    return torch.cat([part[:n] for part,n in zip(parts, lengths)])
 
 # %% ../nbs/processes.ipynb #7d0c0a0b
 def mean_over_processes(

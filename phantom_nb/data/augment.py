@@ -108,14 +108,15 @@ class BatchTransforms:
 AUGMENTATIONS = ('auto', 'none', 'crop', 'resized', 'full')
 
 def make_augment(
-    augment:bool|str|Augment|Sequence[Transform]|None, # a recipe, True, False, an `Augment`, or fastai's transforms
+    augment:bool|str|Augment|BatchTransforms|Sequence[Transform]|None, # a recipe, `Augment`, or fastai's transforms
     shape:tuple[int,int,int], # (C,H,W) of an image
     flip:bool=True, # does a mirrored image keep its class?
     padding:str='zeros', # of crops: 'zeros', 'symmetric' or 'reflect'
 )->Augment|BatchTransforms|None: # what a loader applies
     "Make an augmentation from its name; ValueError for a name that there isn't (ours)."
     if augment is None or augment is False: return None
-    if isinstance(augment, (Augment, BatchTransforms)) or hasattr(augment, 'draw'): return augment
+    drawn = hasattr(augment, 'draw') or isinstance(augment, BatchTransforms)
+    if drawn and not isinstance(augment, (bool, str, Sequence)): return augment
     if isinstance(augment, Sequence) and not isinstance(augment, str):
         wrong = [t for t in augment if not isinstance(t, Transform)]
         if wrong: raise ValueError(f"augment={augment!r}: {wrong[0]!r} is not one of fastai's transforms")

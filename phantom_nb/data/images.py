@@ -64,8 +64,8 @@ def free_memory()->float: # bytes; infinity where the system doesn't say
     free = float('inf')
     try: free = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     except (AttributeError, OSError, ValueError): pass
-    try: free = min(free, 1024*int(re.search(r'MemAvailable:\s+(\d+)', Path('/proc/meminfo').read_text())[1]))
-    except (OSError, TypeError): pass
+    try: free = min(free, 1024*int(re.findall(r'MemAvailable:\s+(\d+)', Path('/proc/meminfo').read_text())[0]))
+    except (OSError, IndexError): pass
     try:
         limit,used = (int(Path(f'/sys/fs/cgroup/memory.{what}').read_text()) for what in ('max', 'current'))
         free = min(free, limit-used)
@@ -228,9 +228,10 @@ class ImageData:
         size:int # side of the square images, in pixels
     )->'ImageData': # the same, in that size
         "Resize all images; ValueError if they don't fit into memory then (torchvision)."
-        xs = {k: getattr(self, k) for k in ('x_train','x_test','x_valid') if getattr(self, k) is not None}
-        check_memory(sum(map(len, xs.values())), (self.x_train.shape[1], size, size), self.name)
-        return replace(self, **{k: resize_images(x, size) for k,x in xs.items()})
+        xs = [x for x in (self.x_train, self.x_test, self.x_valid) if x is not None]
+        check_memory(sum(map(len, xs)), (self.x_train.shape[1], size, size), self.name)
+        train,test,*valid = (resize_images(x, size) for x in xs)
+        return replace(self, x_train=train, x_test=test, x_valid=valid[0] if valid else None)
 
     def __repr__(self):
         shape = '×'.join(map(str, self.x_train.shape[1:]))
@@ -270,7 +271,7 @@ def class_folders(
     found = _folders(split)
     nested = [inner for folder in found for inner in _folders(folder)]
     if nested and not any(map(_has_images, found)): found = nested
-    classes = {}
+    classes = dict[str,Path]()
     for folder in found:
         twin = classes.setdefault(plain_name(folder.name), folder)
         if twin != folder: raise ValueError(f"two classes of one name: {twin} and {folder}; rename one of them")
@@ -357,8 +358,8 @@ def find_images(
     names = sorted(folders)
     note = 'train and test as given'
     if dirs['train'] and dirs['valid'] and not dirs['test']:
+        note = f"train as given, test images from {dirs['valid'].name!r}"
         dirs = dirs | dict(test=dirs['valid'], valid=None)
-        note = f"train as given, test images from {dirs['test'].name!r}"
     files,labels = _held_out(folder, dirs, folders, names)
     files['train'],labels['train'] = _labelled_files(folders, names)
     empty = [folders[name].name for i,name in enumerate(names) if not (labels['train'] == i).any()]
@@ -383,7 +384,7 @@ NATIVE_SIZE,DEFAULT_SIZE = 64,128 # images up to NATIVE_SIZE keep their size; ot
 
 def _looks(files):
     "Sizes and modes of a hundred files, from their headers; unreadable files are left to the decoder"
-    sizes,modes = set(),set()
+    sizes,modes = set[tuple[int,int]](),set[str]()
     for file in files[::max(1, len(files)//100)]:
         try:
             with Image.open(file) as image: sizes,modes = sizes | {image.size},modes | {image.mode}
@@ -410,8 +411,8 @@ def load_folder(
     jpeg = any(file.lower().endswith(('jpg','jpeg')) for file in files)
     source = f"folder of {'JPEG' if jpeg else 'lossless'} images {found.path.resolve().name!r}, {how}; {found.note}"
     spec = DatasetSpec(found.classes, found.coarse, (channels, size, size), flip)
-    train,test,valid = (splits.get(split) for split in ('train','test','valid'))
-    return ImageData.create(found.path.resolve().name, train, test, source, spec, valid, strict=False)
+    name,train,test = found.path.resolve().name,splits['train'],splits['test']
+    return ImageData.create(name, train, test, source, spec, splits.get('valid'), strict=False)
 
 # %% ../../nbs/data/images.ipynb #2ef108ab
 def _digest(files, folder, stamp):

@@ -17,6 +17,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, default_device, to_cpu
 from fastcore.basics import GetAttr, merge, store_attr
 from fasttransform import Transform
+from functools import partial
 from pathlib import Path
 from PIL import Image
 from torch import Tensor
@@ -74,8 +75,9 @@ class ImageSet(GetAttr):
 
     def coarsened(self)->'ImageSet': # the same images
         "Replace the labels by their superclasses and keep them in `fine` (ours)."
-        y,info = self.coarse.to(self.y.device)[self.y],replace(self.info, classes=self.coarse_names)
-        return ImageSet(self.x, y, info, self.y.cpu())
+        _,fine = self[:]
+        y,info = self.coarse.to(fine.device)[fine],replace(self.info, classes=self.coarse_names)
+        return ImageSet(self.x, y, info, fine.cpu())
 
     def decode(self,
         item:tuple, # image and label
@@ -99,6 +101,8 @@ BLOCK = 2**21 # numbers that are gathered, cropped and normalised at once
 
 class ImageDL(TfmdDL):
     "Yield whole batches of normalised float32 images from an `ImageSet`, made on its device (fastai)."
+    dataset:ImageSet
+
     def __init__(self,
         dataset:ImageSet, # bytes on a device
         bs:int=64, # images in a batch, at least 1
@@ -232,20 +236,19 @@ def data_stats(
             raise ValueError(f"{name} has {len(values)} numbers, but images {channels} channels")
         fitted.append(values.clone())
     number('std', float(fitted[1].min()), above=0)
-    return tuple(fitted)
+    return fitted[0],fitted[1]
 
 # %% ../../nbs/data/loaders.ipynb #4a3a420c
-def _sized(data, root, size):
+def _sized(data, root, size)->ImageData:
     "Load what is no data set yet; folders are decoded at their size, others resized when the subset is known"
     if hasattr(data, 'x_train'): return data
     return load_dataset(data, root, size=size if is_folder(data) else None)
 
 def _validation(data, n_valid, seed):
-    "Images and labels of a data set's own validation split, all or `n_valid` of them"
+    "A data set's own validation split, or `n_valid` images of it"
     x,y = data.x_valid,data.y_valid
-    if n_valid is None: return x,y
-    kept = split_pool(y, n_valid, 0, seed)[0]
-    return x[kept],y[kept]
+    kept = slice(None) if n_valid is None else split_pool(y, n_valid, 0, seed)[0]
+    return ImageSet(x[kept], y[kept], data)
 
 def _fewest(y):
     "One validation image a class where a tenth of each class is none; None for the usual tenth"
@@ -266,7 +269,7 @@ def get_dls(
     n_valid:int|None=None, # validation images, class-balanced; default: its own, a tenth of each class, or one; 0: none
     bs:int=64, # training images in a batch, at least 1
     seed:int=0, # of subset, order and augmentation; at least 0
-    augment:bool|str|Augment|Sequence[Transform]|None=False, # a recipe: auto, none, crop (also True), resized, full
+    augment:bool|str|Augment|BatchTransforms|Sequence[Transform]|None=False, # auto, none, crop (or True), resized, full
     device:str|torch.device|None=None, # default: fastai's, the GPU if there is one
     root:str|Path|None=None, # a folder to look in first
     val_bs:int|None=None, # images in a batch of validation and test; default: twice `bs`
@@ -297,19 +300,20 @@ def get_dls(
         data = replace(data, mean=mean, std=std)
     pool = ImageSet(data.x_train, data.y_train, data)
     if coarse: pool = pool.coarsened()
-    y = noisy_labels(pool.y, label_noise, pool.c, split_seed)
+    x,clean = pool[:]
+    y = noisy_labels(clean, label_noise, pool.c, split_seed)
     def part(i): # of the pool
-        fine = pool.fine[i] if coarse else None
-        return ImageSet(pool.x[i], y[i], pool.info, fine, pool.y[i].cpu() if label_noise else None)
+        fine = None if pool.fine is None else pool.fine[i]
+        return ImageSet(x[i], y[i], pool.info, fine, clean[i].cpu() if label_noise else None)
     sets = [part(train), part(valid), ImageSet(data.x_test, data.y_test, data)]
-    if own_valid: sets[1] = ImageSet(*_validation(data, n_valid, split_seed), data)
+    if own_valid: sets[1] = _validation(data, n_valid, split_seed)
     if coarse: sets[1:] = [s if s.fine is not None else s.coarsened() for s in sets[1:]]
     if size is not None and tuple(data.x_train.shape[2:]) != (size, size):
         check_memory(sum(map(len, sets)), (data.x_train.shape[1], size, size), data.name)
         sets = [ImageSet(resize_images(s.x, size), s.y, s.info, s.fine, s.clean) for s in sets]
     _check_device(sets, device)
     augment = make_augment(augment, tuple(sets[0].x.shape[1:]), data.flip, padding)
-    options = dict(seed=seed, channels_last=channels_last)
-    first = ImageDL(sets[0], bs, shuffle=True, augment=augment, **options)
-    rest = [ImageDL(s, val_bs or 2*bs, **options) for s in sets[1:]]
+    loader = partial(ImageDL, seed=seed, channels_last=channels_last)
+    first = loader(sets[0], bs, shuffle=True, augment=augment)
+    rest = [loader(s, val_bs or 2*bs) for s in sets[1:]]
     return ImageLoaders(first, *rest, path=path, device=device)

@@ -86,8 +86,9 @@ def find_idx(
     folder:Path, # holds the four files
 )->Found: # Fashion-MNIST as Debian or torchvision lays it out
     "Look at a folder of idx files; ValueError if it is incomplete or the lengths differ (LeCun 1998)."
-    paths = idx_paths(folder)
-    lost = [idx for idx,path in zip(IDX_FILES, paths) if path is None]
+    found = idx_paths(folder)
+    paths = [path for path in found if path]
+    lost = [idx for idx,path in zip(IDX_FILES, found) if not path]
     if lost: raise ValueError(f"{name} in {folder} is incomplete: {', '.join(lost)} (plain or .gz) is missing")
     n,n_labels,m,m_labels = map(idx_length, paths)
     if (n, m) != (n_labels, m_labels):
@@ -150,7 +151,8 @@ def find_tree(
     channels = dataset_spec(name).shape[0]
     def load(): return tuple((cached_images(files, channels), y) for files,y in splits)
     source = f"image folder tree ({' and '.join(sorted(kinds))}), folder {folder.resolve().name!r}"
-    return Found(*(len(y) for _,y in splits), (channels,h,w), source, folder, load)
+    train,test = (len(y) for _,y in splits)
+    return Found(train, test, (channels,h,w), source, folder, load)
 
 # %% ../../nbs/data/readers.ipynb #daf8d37a
 def search_places(
@@ -177,6 +179,7 @@ def find_dataset(
         if name != 'fashion_mnist' and (folder/spec.torchvision_dir).is_dir(): return find_pickles(name, folder)
         named = folder.name in spec.folders and any((folder/split).is_dir() for split in SPLITS['train'])
         if named or is_tree(name, folder): return find_tree(name, folder)
+    return None
 
 # %% ../../nbs/data/readers.ipynb #b5029666
 def available(
@@ -241,7 +244,7 @@ def load_dataset(
     size:int|None=None, # side in pixels of the square images; default: as they are, 128 for a folder of photos
 )->ImageData: # the whole data set, on the CPU
     "Find and load a data set; ValueError (unknown or damaged), FileNotFoundError or ConnectionError (ours)."
-    if is_folder(name): return load_folder(_folder_of(name, root), size)
+    if isinstance(name, Path) or is_folder(name): return load_folder(_folder_of(name, root), size)
     try: spec = dataset_spec(name)
     except ValueError as e: raise ValueError(f"{e}, or a folder of images") from e
     name = next(known for known,value in DATASETS.items() if value is spec)
@@ -250,6 +253,7 @@ def load_dataset(
     if not hit and download:
         _download(name, list(places.values())[-1 if root is None else 0])
         hit = find_dataset(name, places)
-    if not hit: raise _not_found(name, places)
-    data = ImageData.create(name, *hit.load(), hit.source)
+    if not (hit and hit.load): raise _not_found(name, places)
+    train,test = hit.load()
+    data = ImageData.create(name, train, test, hit.source)
     return data if size is None else data.resized(size)

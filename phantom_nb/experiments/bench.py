@@ -283,7 +283,7 @@ def bench_comhe(
     return pd.DataFrame(rows).assign(**provenance(device))
 
 # %% ../../nbs/experiments/bench.ipynb #penalty1
-ENERGIES = {'MHE()':MHE, 'MHE(half_space=True)':partial(MHE, half_space=True)}
+ENERGIES = dict[str,Callable]({'MHE()':MHE, 'MHE(half_space=True)':partial(MHE, half_space=True)})
 ENERGIES |= {f'CoMHE({kind!r})':partial(CoMHE, kind) for kind in DEFAULTS}
 
 def bench_penalty(
@@ -295,7 +295,8 @@ def bench_penalty(
     "Measure what the energies add to a training step at their defaults, forward and backward (ours)."
     device,rows = device_or_default(device),[]
     for name in models:
-        model = create_model(name, 3, 10, 32, seed=0).to(device, memory_format=torch.channels_last)
+        model = create_model(name, 3, 10, 32, seed=0).to(device)
+        model = model.to(memory_format=torch.channels_last) # type: ignore[call-overload]
         x,y = _made_up_batch(batch, 10, device)
         def alone(cb):
             def terms():
@@ -411,7 +412,7 @@ class TimedMonitor(SparsityMonitor):
         model:nn.Module # network that is watched
     ):
         super().choose(model)
-        self.meters.see = self.clock.wrap(self.meters.see)
+        setattr(self.meters, 'see', self.clock.wrap(self.meters.see))
 
     def __call__(self, event):
         f = super().__call__
@@ -480,7 +481,7 @@ def bench_sparsity(
     return pd.DataFrame(rows).assign(**provenance(device))
 
 # %% ../../nbs/experiments/bench.ipynb #e25e4dd7
-BENCHES = dict(energy=bench_energy, comhe=bench_comhe, penalty=bench_penalty, phantom=bench_phantom,
+BENCHES = dict[str,Callable](energy=bench_energy, comhe=bench_comhe, penalty=bench_penalty, phantom=bench_phantom,
     sparsity=bench_sparsity, monitor=bench_monitor, measures=bench_measures, rivals=bench_rivals, loop=bench_loop,
     scale=bench_scale)
 

@@ -11,6 +11,7 @@ __all__ = ['KIND', 'random_state', 'set_random_state', 'storable', 'restored', '
 import inspect, io, math, os, pickle, random, time, warnings, zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np, torch
 from fastai.basics import Callback, CancelEpochException, CancelFitException, GetAttr, L, Learner, Metric
@@ -25,7 +26,8 @@ def random_state()->dict: # state of every global random generator, of types tha
     "Record where the random generators are (PyTorch, Python, NumPy)."
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     name,keys,*rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate(), numpy=[name, keys.tolist(), *rest])
+    numpy = [name, np.asarray(keys).tolist(), *rest]
+    return dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate(), numpy=numpy)
 
 def set_random_state(
     state:dict # as `random_state` gives
@@ -38,8 +40,8 @@ def set_random_state(
 
 # %% ../../nbs/experiments/checkpoint.ipynb #5a1c0b02
 def storable(
-    value:object # anything
-)->object: # of None, numbers, text, tensors, lists, tuples and dictionaries alone
+    value:Any # anything
+)->Any: # of None, numbers, text, tensors, lists, tuples and dictionaries alone
     "Bring a value into a form that `torch.load` reads safely; raise a `TypeError` if it has none (ours)."
     if value is None or type(value) in (bool, int, float, str): return value
     if isinstance(value, np.generic): return value.item()
@@ -55,13 +57,14 @@ def storable(
 def _column(items):
     "A list; one of single numbers on one device becomes a tensor, which is a thousand times quicker to write"
     kinds = {(o.ndim, o.dtype, o.device) if isinstance(o, Tensor) else None for o in items}
-    if len(kinds)!=1 or None in kinds or next(iter(kinds))[0]: return items
+    kind = kinds.pop() if len(kinds)==1 else None
+    if kind is None or kind[0]: return items
     return dict(_column=torch.stack(items))
 
 def restored(
-    saved:object, # as `storable` gave it
-    there:object=None # what is in its place now
-)->object: # what belongs there; generators and metrics are set, and stay the same object
+    saved:Any, # as `storable` gave it
+    there:Any=None # what is in its place now
+)->Any: # what belongs there; generators and metrics are set, and stay the same object
     "Make what was stored from its stored form (ours)."
     if isinstance(there, Metric): return set_attributes(there, saved)
     if isinstance(there, torch.Generator): there.set_state(saved.cpu())
@@ -169,6 +172,7 @@ def last_checkpoint(
         except CheckpointError as e:
             if file==files[-1]: raise
             warnings.warn(f"{e}. The one before is taken up", stacklevel=2)
+    return None
 
 def remove_checkpoint(
     path:str|Path # of a training that is not needed any more
@@ -243,12 +247,13 @@ class Checkpoint(TrainingCallback):
         self.path = Path(path)
         self.deadline = deadline
         self.interval = interval
-        self.state = None # what was loaded
+        self.state = dict[str,Any]() # what was loaded, if anything was
         self.start = 0 # epochs to pass over
-        self.resumed = [] # numbers of epochs after which it was taken up
+        self.resumed = list[int]() # numbers of epochs after which it was taken up
         self.paused = False
         self._on = self._ended = self._stepped = self._in_epoch = False
-        self._muted,self._took = [],0.
+        self._muted = list[Callback]()
+        self._took = 0.
         self.since = self._saved = time.perf_counter()
 
     def seconds(self)->float: # spent training, all sittings together
@@ -262,7 +267,7 @@ class Checkpoint(TrainingCallback):
         self._on = not (self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'))
         if not self._on: return
         self.start,self.paused,self._in_epoch = 0,False,False
-        self.state = None if self._ended else self._last() # a second fit begins anew
+        self.state = {} if self._ended else self._last() or {} # a second fit begins anew
         self._ended = False
         self._training = training_of(self.learn)
         if self.state: self._load()
@@ -287,7 +292,7 @@ class Checkpoint(TrainingCallback):
 
     def _others(self):
         "Name -> callback; the second of a name is called so"
-        found = {}
+        found = dict[str,Callback]()
         for cb in self.learn.cbs:
             if cb is self: continue
             n = sum(key.split(' ')[0]==cb.name for key in found)

@@ -25,7 +25,7 @@ def _felt(df):
     if 'share' not in df: return
     for method,runs in df[df.share.notna()].groupby('method', sort=False):
         share,lams = runs.share.mean(),{settings.get('lam') for settings in runs.settings}
-        lam = lams.pop() if len(lams)==1 else None
+        lam = lams.pop() if len(lams)==1 else 0
         known = isinstance(lam, (int, float)) and lam>0
         told = f"{method}: share of the gradient {share:.3f}."
         if share<FELT[0]:

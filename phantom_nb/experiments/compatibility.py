@@ -54,8 +54,8 @@ def _convnet():
 
 def _timm(name):
     import timm
-    more = dict(img_size=32) if 'vit' in name else {}
-    return timm.create_model(name, num_classes=10, in_chans=1, **more)
+    make = partial(timm.create_model, name, num_classes=10, in_chans=1)
+    return make(img_size=32) if 'vit' in name else make()
 
 def _weights(model): return torch.cat([p.detach().float().flatten() for p in model.parameters()])
 def _hooks(model): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for m in model.modules())
@@ -172,6 +172,7 @@ def _lightning(cbs):
     import lightning.pytorch as L
     logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
     class Module(L.LightningModule):
+        penalty:attach
         def __init__(self):
             super().__init__()
             self.net = _convnet()
@@ -199,7 +200,8 @@ def _trainer(cbs):
             logits = self.net(pixel_values)
             return hf.modeling_outputs.ImageClassifierOutput(loss=cross_entropy(logits, labels), logits=logits)
     class Trainer(hf.Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        penalty:attach
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             out = model(**inputs)
             loss = out.loss + self.penalty(inputs['labels'], loss=out.loss, again=lambda: model(**inputs).loss)
             return (loss, out) if return_outputs else loss
@@ -311,7 +313,7 @@ def compatibility(
     "Train every method in every way, and say what came of it (ours; eq. 1)."
     methods = [one_of('method', m, METHODS) for m in methods or regularizer_names()]
     ways = [one_of('way', w, WAYS) for w in ways or WAYS]
-    rows = []
+    rows = list[dict]()
     for way in ways:
         try: rows += _distributed(methods) if way=='DDP' else [_tried(m, way, WAYS[way].train) for m in methods]
         except ImportError as e:
@@ -339,7 +341,7 @@ def compatibility_table(
     return df.assign(told=told).pivot(index='method', columns='way', values='told').reindex(**order)
 
 # %% ../../nbs/experiments/compatibility.ipynb #5fbc1852
-MONITORS = dict(SparsityMonitor=SparsityMonitor, IntraclassMonitor=partial(IntraclassMonitor, 2*BATCH))
+MONITORS = dict[str,Callable](SparsityMonitor=SparsityMonitor, IntraclassMonitor=partial(IntraclassMonitor, 2*BATCH))
 NETWORKS = 'float32','timm CNN','EfficientNet','ConvNeXt','ViT','table','text' # the ways that differ by the network
 
 def monitor_outcomes(

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np, pandas as pd, torch
 from fastai.basics import Learner
@@ -94,7 +95,8 @@ def confused_pairs(
         i,j = divmod(at, c)
         if not both[i,j]: break
         wrong = ((y==i) & (guess==j) | (y==j) & (guess==i)).nonzero()[:4,0].tolist()
-        examples = [] if images is None else [(images[k].cpu(), classes[y[k]], classes[guess[k]]) for k in wrong]
+        pairs = [(classes[int(y[k])], classes[int(guess[k])]) for k in wrong]
+        examples = [] if images is None else [(images[k].cpu(), *pair) for k,pair in zip(wrong, pairs)]
         found.append(Confusion(classes[i], classes[j], int(both[i,j]), int(table[[i,j]].sum()), examples))
     return found
 
@@ -248,7 +250,7 @@ def _recorded(learn):
 # %% ../../nbs/experiments/diagnose.ipynb #1a7f3071
 def diagnose(
     learn:Learner|nn.Module, # a learner, or any network: images (B,C,H,W) -> logits (B,C)
-    train:Iterable|None=None, # loader of training images; None for the learner's
+    train:Any=None, # loader of training images; None for the learner's
     valid:Iterable|None=None, # loader of held-out images; None for the learner's
     classes:Sequence|None=None, # names of the classes; None for the loader's, or numbers
     n:int=1000, # held-out images to look at, at most; of training images 500

@@ -71,7 +71,7 @@ def draw_confusions(
         share = f"{pair.mistakes} of {pair.images}"
         ax.text(0, top, f"{pair.one} and {pair.other}: {share}", va='top', fontsize=8, transform=ax.transAxes)
         for j,(image,_,guess) in enumerate(pair.examples):
-            inset = ax.inset_axes([j/4, top-.25, .2, .17])
+            inset = ax.inset_axes((j/4, top-.25, .2, .17))
             picture = image.numpy().transpose(1,2,0)
             inset.imshow(picture[...,0] if picture.shape[2]!=3 else picture, cmap='gray')
             inset.set(xticks=[], yticks=[])
@@ -97,7 +97,7 @@ def draw_margins(
     "Draw the margins of the logits on held-out images (ours)."
     z,y = d.valid['logits'].float(),d.valid['y'][:,None]
     margin = z.gather(1, y)[:,0]-z.scatter(1, y, -math.inf).amax(1)
-    bins = np.histogram_bin_edges(margin, 30)
+    bins = np.histogram_bin_edges(margin, 30).tolist()
     ax.hist(margin[margin>0], bins, label='right')
     ax.hist(margin[margin<=0], bins, label='wrong')
     ax.set(title='Margin of the logits', xlabel='own class minus best other', ylabel='held-out images')

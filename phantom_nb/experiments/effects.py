@@ -9,6 +9,7 @@ __all__ = ['FEWEST_SETTINGS', 'random_effects', 'pooled_effects', 'effects_over_
 from collections.abc import Sequence
 
 import numpy as np, pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 from statsmodels.stats.meta_analysis import combine_effects
 
@@ -19,8 +20,8 @@ from .stats import Claim
 FEWEST_SETTINGS = 3
 
 def random_effects(
-    effect:Sequence, # (k,) mean effect of each setting, in any unit; k >= 3
-    variance:Sequence, # (k,) of these means, > 0
+    effect:ArrayLike, # (k,) mean effect of each setting, in any unit; k >= 3
+    variance:ArrayLike, # (k,) of these means, > 0
     level:float=.95 # coverage of the intervals, in (0,1)
 )->dict: # settings, mean, se, low, high, p (two-sided), tau, new_low, new_high; NaN for fewer than 3 settings
     "Estimate a mean effect over settings that differ (Paule and Mandel 1982; Hartung and Knapp 2001; eq. 2 to 4)."

@@ -6,10 +6,11 @@
 __all__ = ['ENGINES', 'RUNS_PER_GPU', 'local_engine', 'ray_engine', 'share_out', 'spread']
 
 # %% ../../nbs/experiments/engines.ipynb #38ae5f93
-import os, signal, threading, time
-from collections.abc import Callable, Iterable, Iterator
+import logging, os, signal, threading, time
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import joblib, torch
 from joblib.externals.loky import get_reusable_executor
@@ -53,7 +54,7 @@ def local_engine(
     pairs:list, # (item, {'device':, 'threads':}) each
     jobs:int, # items at a time, >= 1
     retries:int # times that a killed pool is set up again, >= 0
-)->Iterator: # the results, in the order in which they come in
+)->Generator: # the results, in the order in which they come in
     "Work in processes of this machine, or in this one if `jobs` is 1 (joblib)."
     if jobs==1:
         for item,where in pairs: yield work(item, **where)
@@ -82,13 +83,13 @@ def ray_engine(
     retries:int, # times that Ray starts a task again, >= 0
     threads:int, # CPUs of a task, >= 1
     address:str|None # of a Ray cluster; None for one that is started here
-)->Iterator: # the results, in the order in which they come in
+)->Generator: # the results, in the order in which they come in
     "Work in tasks of a Ray cluster; raise a `ValueError` if Ray is not installed (Moritz et al. 2018)."
     try: import ray
     except ImportError as e: raise ValueError("engine='ray' needs Ray: pip install 'phantom_nb[cluster]'") from e
     ours = not ray.is_initialized()
-    size = {} if address else dict(num_cpus=jobs*threads, include_dashboard=False)
-    if ours: ray.init(address, log_to_driver=False, logging_level='ERROR', **size)
+    size = dict[str,Any]() if address else dict[str,Any](num_cpus=jobs*threads, include_dashboard=False)
+    if ours: ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **size)
     gpus = 1/RUNS_PER_GPU if ray.cluster_resources().get('GPU') else 0
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries)(_call)
     try:
@@ -118,7 +119,7 @@ def spread(
     device:str|torch.device|None=None, # None to deal items out to the GPUs if there are any
     retries:int=3, # times that a killed worker is replaced, >= 0
     address:str|None=None # of a Ray cluster; None for one that is started here
-)->Iterator: # the results, in the order in which they come in
+)->Generator: # the results, in the order in which they come in
     "Work on many items at a time, with the cores shared out; raise a `ValueError` for a wrong engine (ours)."
     one_of('engine', engine, ENGINES)
     items = list(items)

@@ -30,7 +30,7 @@ class Piece:
     kind:str # 'tests', 'bench' or 'sweep'
     target:str # mark of the tests, name of the benchmark, or of the sweep's file in results/
 
-PIECES = [Piece('tests', "tests marked gpu", 'tests', 'gpu'),
+PIECES = {piece.name:piece for piece in [Piece('tests', "tests marked gpu", 'tests', 'gpu'),
     Piece('step', "each penalty's share of a step, ResNet-18 and ResNet-9, batch 128, bf16", 'bench', 'step'),
     Piece('loop', "images a second of the engine against a bare loop", 'bench', 'loop'),
     Piece('energy', "the energy against the authors' formula", 'bench', 'energy'),
@@ -46,8 +46,7 @@ PIECES = [Piece('tests', "tests marked gpu", 'tests', 'gpu'),
     Piece('sparsity', "targeted sparsity against its rivals, on a common grid", 'sweep', 'sparsity-fair'),
     Piece('curves', "the same, epoch by epoch", 'sweep', 'sparsity-curves'),
     Piece('long', "trained ten times as long", 'sweep', 'sparsity-long'),
-    Piece('atlas', "all papers' quantities of all methods' networks", 'sweep', 'atlas')]
-PIECES = {piece.name:piece for piece in PIECES}
+    Piece('atlas', "all papers' quantities of all methods' networks", 'sweep', 'atlas')]}
 
 NEEDS = dict(cifar10="phantom_nb data cifar10 --download, or a folder cifar10/ in $PHANTOM_NB_DATA",
     fashion_mnist="phantom_nb data fashion_mnist --download, or Debian's package dataset-fashion-mnist",
@@ -82,7 +81,7 @@ def shared_gpu():
     started = command and subprocess.run([command, '-d'], capture_output=True).returncode==0 # not if it runs already
     try: yield
     finally:
-        if started: subprocess.run([command], input='quit\n', text=True, capture_output=True)
+        if command and started: subprocess.run([command], input='quit\n', text=True, capture_output=True)
 
 def jobs_of_a_piece()->int|None: # at a time; None without a GPU
     "Say how many runs share the GPU: one a core, one core left over (ours)."
@@ -137,8 +136,8 @@ def run_pieces(
     for piece in [PIECES[name]] if name else [p for p in PIECES.values() if not is_done(p, folder)]:
         console.print(f"\n{piece.name}: {piece.about}", style='bold')
         try:
-            done = run_piece(piece, folder, console)
-            console.print(f"{piece.name}: {'done' if done else 'the same command goes on from here'}.")
+            finished = run_piece(piece, folder, console)
+            console.print(f"{piece.name}: {'done' if finished else 'the same command goes on from here'}.")
         except (ValueError, FileNotFoundError, subprocess.TimeoutExpired) as e:
             console.print(f"{piece.name}: {e}", style='red', markup=False, soft_wrap=True)
             code = 1

@@ -16,6 +16,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import fastai, torch
 from fastai.basics import Callback, CancelFitException, CancelValidException, Learner, Recorder
@@ -167,7 +168,7 @@ def loaders_of(
     "Make the loaders of a run (ours)."
     told = {k:getattr(run, k) for k in ('imbalance','label_noise','per_class','padding','coarse')}
     told = {k:v for k,v in told.items() if v!=Run.__dataclass_fields__[k].default}
-    if getattr(model, 'data_config', None): told['stats'] = model.data_config
+    if config := getattr(model, 'data_config', None): told['stats'] = config
     if run.per_class is None: told['n_train'] = run.n_train
     device = torch.device(device or default_device())
     if device.type=='cuda': # judged a million pixels at a time
@@ -202,13 +203,12 @@ def make_learner(
     pieces = make_method(run.method, **dict(run.settings))
     data = load_data(run, root)
     n_channels,*size = data.x_train.shape[1:]
-    given = dict(pretrained=True) if run.pretrained else {}
     n_out = len(data.coarse_names if run.coarse else data.classes)
     model = create_model(run.model, n_in=n_channels, n_out=n_out, size=tuple(size), width=run.width,
-        depth=run.depth, dropout=pieces.dropout, norm=pieces.norm, seed=run.seed, **given)
+        depth=run.depth, dropout=pieces.dropout, norm=pieces.norm, seed=run.seed, pretrained=run.pretrained)
     dls = loaders_of(run, data, device, model)
     loss_func = pieces.loss_func or QuickCrossEntropy()
-    model = model.to(dls.device, memory_format=torch.channels_last)
+    model = model.to(dls.device, memory_format=torch.channels_last) # type: ignore[call-overload]
     cbs = [*callbacks_of(run, model), *pieces.cbs]
     learn = QuickLearner(dls, model, loss_func, optimizer_of(run, pieces), lr=run.lr, wd=pieces.wd, cbs=cbs,
         splitter=param_groups if run.frozen or run.body_lr<1 else params)
@@ -279,7 +279,7 @@ def faster_precision(
     if kind=='cuda': return ('bf16' if torch.cuda.is_bf16_supported() else 'float32'), {}
     plain = replace(run, method='none', settings=())
     seconds = {p:step_seconds(replace(plain, precision=p), root, kind) for p in ('float32','bf16')}
-    return min(seconds, key=seconds.get), seconds
+    return min(seconds, key=lambda p: seconds[p]), seconds
 
 # %% ../../nbs/experiments/learner.ipynb #a23200e9
 @torch.no_grad()
@@ -302,7 +302,7 @@ def evaluate(
 # %% ../../nbs/experiments/learner.ipynb #0a423284
 def judge(
     learn:Learner, # trained
-    dl:Iterable # batches of images and labels
+    dl:Any # loader of images and labels
 )->dict: # metrics; empty without images
     "Measure a learner on images that it was not trained on (ours)."
     with watch_head(learn.model, n_out=learn.dls.c) as seen: found = evaluate(learn.model, dl)

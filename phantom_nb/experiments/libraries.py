@@ -12,6 +12,7 @@ import torch
 from fastai.basics import Callback
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.hooks import RemovableHandle
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import stochastic_depth
 
@@ -63,7 +64,7 @@ class SpatialDropout(TrainingCallback):
         p:float=.1 # probability of dropping a map, in [0,1)
     ):
         self.p = number('p', p, at_least=0, below=1)
-        self.handles = []
+        self.handles = list[RemovableHandle]()
 
     def before_fit(self):
         self.activations = activation_layers(self.model).values()
@@ -89,7 +90,7 @@ class StochasticDepth(TrainingCallback):
         p:float=.2 # probability for the last block, in [0,1); those before it have less
     ):
         self.p = number('p', p, at_least=0, below=1)
-        self.handles = []
+        self.handles = list[RemovableHandle]()
 
     def before_fit(self):
         blocks = [m for m in unwrap(self.model).modules() if type(m) in LAST_OF_BRANCH]
@@ -111,6 +112,8 @@ class EMA(Regularizer):
     "Give the network the moving average of its weights when training ends (Polyak 1992; PyTorch)."
     kind = 'projection'
     by_hand = "use torch.optim.swa_utils.AveragedModel there"
+    average:AveragedModel|None
+    _state:dict|None
     def __init__(self,
         decay:float=.98, # in [0,1): an average over about 1/(1-decay) steps
         lam:float|Callable=1., # in [0,1]: how far the weights go to their average at the end
@@ -135,7 +138,7 @@ class EMA(Regularizer):
 
     def penalty(self): return torch.zeros(())
     def after_step(self):
-        if self.is_due(): self.average.update_parameters(unwrap(self.model))
+        if self.average and self.is_due(): self.average.update_parameters(unwrap(self.model))
         super().after_step()
 
     def after_fit(self):
@@ -148,7 +151,7 @@ class EMA(Regularizer):
 
     def put_in(self)->None:
         "Give the network the average, as the end of a fit does."
-        if not self.average.n_averaged: return
+        if not (self.average and self.average.n_averaged): return
         lam = self.lam_now()
         with torch.no_grad():
             for own,mean in zip(unwrap(self.model).state_dict().values(), self.average.module.state_dict().values()):

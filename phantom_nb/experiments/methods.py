@@ -10,6 +10,7 @@ __all__ = ['ENERGY', 'LOSS', 'SMALL', 'LAZY', 'PHANTOM', 'DRAWS', 'METHODS', 'LR
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from ..checks import Refusals, number, one_of, true_or_false, whole
 
@@ -273,7 +274,7 @@ def join_pieces(
 )->Pieces: # all of them in one
     "Put the pieces of several methods together; raise a `ValueError` where two set the same thing (ours)."
     plain = Pieces()
-    joined = dict(cbs=tuple(cb for p in pieces.values() for cb in p.cbs))
+    joined = dict[str,Any](cbs=tuple(cb for p in pieces.values() for cb in p.cbs))
     _refuse_two_mixers(pieces)
     for name in ('loss_func','wd','decouple','dropout','norm'):
         given = {part:getattr(p, name) for part,p in pieces.items() if getattr(p, name)!=getattr(plain, name)}

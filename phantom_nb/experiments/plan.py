@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
+from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
 from ..checks import number, whole
@@ -158,7 +159,7 @@ def validation_images(
     counts = np.bincount(np.asarray(y))
     each = min(int(share*len(y)/len(counts)), counts.min()//3)
     if each<1:
-        smallest = counts.argmin()
+        smallest = int(counts.argmin())
         name = f"class number {smallest}" if names is None else f"the class {names[smallest]!r}"
         raise ValueError(f"{name} has {counted(counts[smallest], 'training image')}: give at least 3 of each class, "
             "so that one can choose the method")
@@ -258,7 +259,7 @@ def detectable_words(
 
 # %% ../../nbs/experiments/plan.ipynb #0904b689
 def mean_and_interval(
-    d:Sequence, # (n,) paired differences
+    d:ArrayLike, # (n,) paired differences
     held_out:float=0., # share of the images held out by each division, 0 for a fixed test set
     level:float=.95 # coverage in (0,1)
 )->tuple: # mean, low end, high end; the ends are NaN for fewer than two values

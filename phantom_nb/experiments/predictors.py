@@ -42,7 +42,7 @@ def clustering_predictors(
     subclass:Tensor|None=None # (N,) classes, if the labels are superclasses; None for c3 and c4 only
 )->tuple: # dict 'c3_30' -> number of the network; dict 'c3' -> list, a number a layer (None: dead)
     "Compute c1 to c4 for several k, and layer by layer (Carbonnelle 2021)."
-    y,subclass = (None if labels is None else labels.cpu() for labels in (y, subclass))
+    y,subclass = y.cpu(),None if subclass is None else subclass.cpu()
     layers = [layer_values(a.cpu(), y, subclass) for a in acts.values()]
     network,by_layer = {},{}
     for measure in layers[0]:
@@ -114,7 +114,7 @@ class PredictorMonitor(TrainingCallback):
         self.n = n
         self.n_dear = n_dear
         self.epochs = epochs
-        self.points = [] # a dict a measurement
+        self.points = list[dict]() # a dict a measurement
         self.seconds = 0. # spent measuring
 
     def before_fit(self):

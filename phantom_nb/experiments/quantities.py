@@ -75,7 +75,7 @@ def relative_energies(
 )->dict: # `energy`: mean of hidden layers, half space; `output_energy`; 1: as at random; left out without a pair
     "Measure the energy of a network's neurons in units of its random level (Liu 2018; ours: the unit)."
     output = next(iter(select_layers(model, 'output')))
-    found = dict(energy=[], output_energy=[])
+    found = dict[str,list](energy=[], output_energy=[])
     for name,module in select_layers(model).items():
         w = weight_view(module).detach()
         n,d = w.shape[1:]
@@ -140,7 +140,8 @@ def judge_spoilt(
     n:int=1000 # images at most
 )->dict: # `noise_accuracy` and `blur_accuracy` in [0,1]; empty without images
     "Measure accuracy on noisy and on blurred images (Hendrycks and Dietterich 2019)."
-    hits,seen = dict(noise_accuracy=[], blur_accuracy=[]),0
+    hits = dict[str,list](noise_accuracy=[], blur_accuracy=[])
+    seen = 0
     with evaluating(model) as network:
         for x,y in dl:
             x,y = x[:n-seen],y[:n-seen]

@@ -122,7 +122,8 @@ def verdict(
     judged = judged if len(judged) else compared
     top = judged.sort_values('diff', ascending=not what['higher_is_better']).iloc[0]
     ahead = (top['diff']>0)==what['higher_is_better']
-    size = span(*(unit.factor*top[column] for column in DIFFERENCE), '+'+unit.digits, unit.difference)
+    size = span(unit.factor*top['diff'], unit.factor*top['diff_low'], unit.factor*top['diff_high'], '+'+unit.digits,
+        unit.difference)
     lead = 'Best against' if ahead else 'No method is ahead; closest to'
     best = f"{lead} {what['baseline']}: {top.name}, {size}."
     tests = compared.p.notna().sum()
@@ -143,7 +144,8 @@ def text_cells(
 )->pd.DataFrame: # the same as text, a column each
     "Write the numbers of one comparison as text (ours)."
     unit,metric = unit_of(table),about(table)['metric']
-    def spans(columns, digits): return [span(*row, digits) for row in table[list(columns)].values*unit.factor]
+    def spans(columns, digits):
+        return [span(mean, low, high, digits) for mean,low,high in table[list(columns)].values*unit.factor]
     def plain(column, factor, digits): return [span(value*factor, digits=digits) for value in table[column]]
     cells = {f"{metric_words(metric)}{unit.level}{_direction(table)}":spans((metric, 'low', 'high'), unit.digits)}
     cells[f"vs {_against(table)}"] = spans(DIFFERENCE, '+'+unit.digits)
@@ -200,7 +202,7 @@ def forest(
     ax:plt.Axes, # what to draw on
     table:pd.DataFrame, # as `comparison` gives
     columns:Sequence, # names of the mean, the low and the high end
-    rows:Sequence, # height of each method
+    rows:Sequence|np.ndarray, # height of each method
     colour:str|None=None # of all; None for the colours of the verdicts and a line at zero
 )->None:
     "Draw means with their intervals, a row a method (Lewis and Clarke 2001)."
@@ -389,11 +391,11 @@ def show_results(
     return table
 
 def save_figure(
-    axs:Sequence|plt.Axes, # axes, or an array of axes, of one figure
+    axs:Sequence|np.ndarray|plt.Axes, # axes, or an array of axes, of one figure
     path:str|Path # file (.png, .svg, .pdf)
 )->None:
     "Write the figure of some axes into a file and close it (ours)."
-    fig = np.ravel(axs)[0].figure
+    fig = np.asarray(axs).flat[0].figure
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
@@ -454,7 +456,7 @@ def front_figure(
     "Draw the effects of the atlas for the front page, a panel a setting and a row a method (forest plots)."
     effects = {method:told['effects'] for method,told in table['methods'].items()}
     best = {method:max(told['diff'] for told in some.values()) for method,some in effects.items()}
-    names = sorted(best, key=best.get)
+    names = sorted(best, key=lambda method: best[method])
     ncols = min(ncols, len(table['settings']))
     nrows = -(-len(table['settings'])//ncols)
     with plt.style.context(HOUSE):

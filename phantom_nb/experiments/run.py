@@ -70,7 +70,7 @@ class Run:
     width:float = 1. # factor on the model's channels, > 0
     depth:float = 1. # factor on the model's layers, > 0
     method:str = 'none' # a key of `METHODS`, or several joined by '+'
-    settings:tuple = () # the method's settings, ((name, value), ...) or a dict
+    settings:tuple|dict = () # the method's settings, ((name, value), ...) or a dict
     opt:str = 'adam' # one of `OPTIMIZER_NAMES`
     lr:float = .01 # highest learning rate, > 0
     schedule:str = 'one_cycle' # one of `SCHEDULE_NAMES`, or steps as `step_points` reads them

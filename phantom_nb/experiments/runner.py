@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd, torch
 from fastai.basics import no_random, noop
@@ -43,7 +44,7 @@ def fit_run(
     trace:str='' # '', or what to keep of every epoch: 'means', 'layers'
 )->tuple: # status, metrics (empty if paused), device
     "Train and measure; the status is 'done', 'diverged', or 'paused' at the deadline (ours)."
-    found = {}
+    found = dict[str,Any]()
     with no_random(run.seed):
         learn = make_learner(run, root, device)
         if trace:

@@ -29,7 +29,7 @@ def cpu_seconds(
     at_least:float=.3 # seconds to repeat it for
 )->float: # processor time of the fastest repetition
     "Time a program on this process's own clock, which stands still while others run (POSIX)."
-    times = []
+    times = list[float]()
     while not times or sum(times)<at_least:
         start = time.process_time()
         program()
@@ -88,10 +88,11 @@ def samples(
     centres = torch.randn(c, d, generator=gen)
     large = 4.*n*d>IN_MEMORY
     x = np.memmap(Path(folder)/f'{n}-{d}.bin', 'float32', 'w+', shape=(n,d)) if large else torch.empty(n, d)
+    rows = torch.as_tensor(x) # the same memory
     for start in range(0, n, block):
         labels = y[start:start+block]
         made = (centres[labels] + 2*torch.randn(len(labels), d, generator=gen)).relu()
-        x[start:start+block] = made.numpy() if large else made
+        rows[start:start+block] = made
     return x,y
 
 def _energy_case(n, d, **other):
@@ -143,8 +144,8 @@ def _rows_case(n, folder, **other):
     return run, 0., float(path.stat().st_size)
 
 # %% ../../nbs/experiments/scale.ipynb #5ca1e00e
-PROGRAMS = dict(energy=_energy_case, spread=_spread_case, silhouette=_silhouette_case, measures=_measures_case,
-    phantom=_phantom_case, sparsity=_sparsity_case, rows=_rows_case)
+PROGRAMS = dict[str,Callable](energy=_energy_case, spread=_spread_case, silhouette=_silhouette_case,
+    measures=_measures_case, phantom=_phantom_case, sparsity=_sparsity_case, rows=_rows_case)
 
 def _along(what, axis, values, **fixed): return [dict(what=what, axis=axis, **fixed, **{axis:v}) for v in values]
 
@@ -196,8 +197,8 @@ def plot_scale(
 )->plt.Figure: # a column an axis; time with its limit above, memory below
     "Draw time and memory against each size; the limit of the machine is dashed."
     axes = [axis for axis in AXES if axis in set(df.axis)]
-    size = dict(figsize=(3.1*len(axes),5.2), layout='constrained')
-    fig,axs = plt.subplots(2, len(axes), sharex='col', sharey='row', squeeze=False, **size)
+    fig,axs = plt.subplots(2, len(axes), figsize=(3.1*len(axes),5.2), sharex='col', sharey='row', squeeze=False,
+        layout='constrained')
     colours = {what:f'C{i}' for i,what in enumerate(dict.fromkeys(df.what))}
     for (above,below),axis in zip(axs.T, axes):
         for what,part in df[df.axis==axis].groupby('what', sort=False):

@@ -11,8 +11,10 @@ __all__ = ['FEWEST', 'FEWEST_BOOTSTRAP', 'LOWER_IS_BETTER', 'NO_DIFFERENCE', 'DI
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np, pandas as pd
+from numpy.typing import ArrayLike
 from scipy import optimize, special, stats
 from statsmodels.stats.multitest import multipletests
 
@@ -22,7 +24,7 @@ from ..checks import number, one_of, share
 FEWEST = 3 # values that an interval or a test needs
 FEWEST_BOOTSTRAP = 20 # and that the bootstrap needs
 
-def _finite(x):
+def _finite(x)->np.ndarray:
     "Values without the missing ones, as an array"
     x = np.asarray(x, dtype=float)
     return x[~np.isnan(x)]
@@ -32,7 +34,7 @@ def _has_spread(x):
     return len(x)>=FEWEST and not np.allclose(x, x[0], rtol=1e-9, atol=1e-12)
 
 def mean_interval(
-    x:Sequence, # (n,) values; NaN is left out
+    x:ArrayLike, # (n,) values; NaN is left out
     level:float=.95, # coverage in (0,1)
     method:str='t', # 't', or 'bootstrap' for 20 values or more
     n_resamples:int=9999, # samples that the bootstrap draws, >= 1
@@ -75,7 +77,7 @@ def paired_difference(
 
 # %% ../../nbs/experiments/stats.ipynb #10e095d1
 def effect_size(
-    d:Sequence # (n,) paired differences; NaN is left out
+    d:ArrayLike # (n,) paired differences; NaN is left out
 )->float: # g, without bound, 0 for no effect; NaN for fewer than three values, or values all equal
     "Compute the standardised paired difference, corrected for few values (Hedges 1981, eq. 3; g_z: Lakens 2013)."
     d = _finite(d)
@@ -86,7 +88,7 @@ def effect_size(
 
 # %% ../../nbs/experiments/stats.ipynb #93015f7f
 def holm(
-    p:Sequence # (m,) p-values in [0,1]; NaN for a test that was not made
+    p:ArrayLike # (m,) p-values in [0,1]; NaN for a test that was not made
 )->np.ndarray: # (m,) adjusted p-values in [0,1]; NaN stays and is not counted
     "Adjust p-values for their number, controlling the chance of any false rejection (Holm 1979, eq. 4)."
     p = np.asarray(p, dtype=float)
@@ -154,7 +156,7 @@ def _summary(runs, baseline, metric, level):
     d = values.iloc[:0] if baseline is None else paired_values(values, baseline)
     tested = _has_spread(d.values)
     def mean(column): return runs[column].mean() if column in runs else np.nan
-    row = dict(runs=len(values))
+    row = dict[str,Any](runs=len(values))
     row |= dict(zip((metric, 'low', 'high'), mean_interval(values, level)))
     row |= dict(zip(DIFFERENCE, mean_interval(d, level)))
     row |= dict(pairs=len(d), diff_sd=d.std() if tested else np.nan, effect=effect_size(d))
@@ -231,7 +233,7 @@ def comparisons(
 @dataclass(frozen=True)
 class Claim:
     "What is claimed of the mean of some values, one a seed; a wrong kind or bound raises a `ValueError`."
-    values:Sequence|float # (n,) values or paired differences, one a seed or independent run; one number if `p` is given
+    values:ArrayLike # (n,) values or paired differences, one a seed or independent run; one number if `p` is given
     kind:str = 'above' # 'above', 'below' or 'within'
     bound:float = 0. # in the values' unit; 'within' means between -bound and bound
     p:float|None = None # two-sided p-value in [0,1] of another test; None for Student's

@@ -125,6 +125,7 @@ def recorded_row(
     if not wrong: return row
     path.replace(path.with_name(f'{path.name}.bad'))
     _warn([f"{path} {wrong}; it is kept as {path.name}.bad"])
+    return None
 
 def read_lines(
     path:str|Path # .jsonl file

@@ -29,7 +29,8 @@ def median_step(
     skip:int=1 # steps at first that are not timed, >= 1
 )->float: # seconds: the median; on a GPU the mean
     "Time some training steps, data loading included (ours)."
-    times,gpu = [],learn.dls.device.type=='cuda'
+    times = list[float]()
+    gpu = learn.dls.device.type=='cuda'
     def tick(cb):
         if gpu and len(times) in (skip-1, steps+skip-1): torch.cuda.synchronize() # in between, launches run ahead
         times.append(time.perf_counter())

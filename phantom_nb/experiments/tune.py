@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np, pandas as pd
 from fastai.basics import noop
@@ -75,7 +76,7 @@ def open_study(
     return study, [trial.params for trial in study.get_trials(states=[state.COMPLETE])]
 
 def ask(
-    study:object, # Optuna's, as `open_study` gives
+    study:Any, # Optuna's, as `open_study` gives
     space:dict, # name -> (low, high, scale)
     number:int, # of the trial, >= 0
     startup:int # trials that are drawn at random, >= 1
@@ -119,8 +120,8 @@ def tune_one(
         for i in range(trials):
             trial,values = (None,done[i]) if i<len(done) else ask(study, space, i, max(1, trials//2))
             tried = [replace(with_values(base, values), seed=TRIAL_SEED+s) for s in range(seeds)]
-            found = [run_one(one, store, deadline=deadline, **kwargs) for one in tried]
-            if None in found: break
+            found = list(filter(None, [run_one(one, store, deadline=deadline, **kwargs) for one in tried]))
+            if len(found)<seeds: break
             if trial: study.tell(trial, sum(row.get('valid_accuracy') or 0. for row in found)/seeds)
             rows += [dict(row, trial=i, study=name, space=space) for row in found]
     return mark_best(rows, trials)
@@ -143,7 +144,7 @@ def tune_many(
     deadline = time.time() + (math.inf if time_budget is None else time_budget)
     runs = settle_precision(runs, store, root, kwargs.get('device'))
     studies = {study_name(run, n_valid, lr, seeds):run for run in runs}
-    told = dict(trials=trials, n_valid=n_valid, lr=lr, seeds=seeds)
+    told = dict[str,Any](trials=trials, n_valid=n_valid, lr=lr, seeds=seeds)
     work = partial(tune_one, store=store, deadline=deadline, root=root, **told)
     frames = []
     for df in spread(work, studies.values(), **kwargs):

@@ -9,7 +9,7 @@ __all__ = ['silhouette_cosine', 'cosine_distance_std', 'unit_selectivity', 'laye
 
 # %% ../../nbs/measures/clustering.ipynb #b89b9da5
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 
 import numpy as np, pandas as pd, torch
@@ -296,7 +296,8 @@ def layer_spread_ratio(
     return (own/(_spread(a, fn=fn)+1e-7)).to(_double(a))
 
 # %% ../../nbs/measures/clustering.ipynb #8fb0a8f9
-_POOLING = dict(c1=('units', np.median), c2=('layers', np.median), c3=('units', np.mean), c4=('layers', np.mean))
+_POOLING = dict[str,tuple[str,Callable]](c1=('units', np.median), c2=('layers', np.median),
+    c3=('units', np.mean), c4=('layers', np.mean))
 
 def _layers(acts):
     "Names and matrices of layers with equally many samples"
@@ -316,17 +317,17 @@ def pool_layers(
     "Average the k largest values of each class, then over classes; `ValueError` if all is dead (Carbonnelle 2021)."
     k = whole('k', k)
     over,average = _POOLING[measure]
-    values = [v.cpu() for v in values]
-    values = torch.cat(values, 1) if over=='units' else torch.stack(values, 1)
-    values = values[:,~values.isnan().all(0)]
-    values = values[~values.isnan().any(1)].numpy()
-    if not values.size:
+    kept = [v.cpu() for v in values]
+    table = torch.cat(kept, 1) if over=='units' else torch.stack(kept, 1)
+    table = table[:,~table.isnan().all(0)]
+    table = table[~table.isnan().any(1)]
+    if not table.numel():
         raise ValueError("no unit is ever above zero: the network is dead, or these are not pre-activations")
-    return float(average(np.sort(values, 1)[:,-k:].mean(1)))
+    return float(average(np.sort(table.numpy(), 1)[:,-k:].mean(1)))
 
 # %% ../../nbs/measures/clustering.ipynb #1d4b3162
 def subclass_selectivity(
-    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    acts:Sequence|dict, # per-layer (N,units) pre-activations, a list or what `capture` gives
     superclass:Tensor, # (N,) superclass of each sample, whole numbers
     subclass:Tensor, # (N,) subclass of each sample, whole numbers
     k:int=1 # units that count, >= 1 (all, if fewer); 30 in the paper
@@ -335,7 +336,7 @@ def subclass_selectivity(
     return pool_layers('c1', [unit_selectivity(a, superclass, subclass) for a in _layers(acts).values()], k)
 
 def subclass_silhouette(
-    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    acts:Sequence|dict, # per-layer (N,units) pre-activations, a list or what `capture` gives
     superclass:Tensor, # (N,) superclass of each sample, whole numbers
     subclass:Tensor, # (N,) subclass of each sample, whole numbers
     k:int=1 # layers that count, >= 1 (all, if fewer); 5 for residual nets in the paper
@@ -345,7 +346,7 @@ def subclass_silhouette(
 
 # %% ../../nbs/measures/clustering.ipynb #150c014a
 def variance_ratio(
-    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    acts:Sequence|dict, # per-layer (N,units) pre-activations, a list or what `capture` gives
     y:Tensor, # (N,) class of each sample, whole numbers
     k:int=30 # units that count, >= 1 (all, if fewer)
 )->float: # >= 0, larger is better
@@ -353,7 +354,7 @@ def variance_ratio(
     return pool_layers('c3', [unit_variance_ratio(a, y) for a in _layers(acts).values()], k)
 
 def distance_spread_ratio(
-    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    acts:Sequence|dict, # per-layer (N,units) pre-activations, a list or what `capture` gives
     y:Tensor, # (N,) class of each sample, whole numbers
     k:int=1 # layers that count, >= 1 (all, if fewer)
 )->float: # >= 0, larger is better
@@ -410,7 +411,7 @@ def layer_values(
     subclass:Tensor|None=None # (N,) subclass of each sample; None for c3 and c4 only
 )->dict: # 'c1' (subclasses,units), 'c2' (subclasses,), 'c3' (classes,units), 'c4' (classes,)
     "Compute the values of a layer by class and unit, before they are pooled (Carbonnelle 2021)."
-    values = {}
+    values = dict[str,Tensor]()
     if subclass is not None: values |= dict(c1=unit_selectivity(a, y, subclass), c2=layer_silhouette(a, y, subclass))
     return values | dict(c3=unit_variance_ratio(a, y), c4=layer_spread_ratio(a, y))
 
@@ -419,7 +420,7 @@ def _pooled(layers, k):
     return {measure:pool_layers(measure, [values[measure] for values in layers], k[measure]) for measure in layers[0]}
 
 def intraclass_table(
-    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    acts:Sequence|dict, # per-layer (N,units) pre-activations, a list or what `capture` gives
     y:Tensor, # (N,) class of each sample, whole numbers
     subclass:Tensor|None=None, # (N,) subclass of each sample; None for c3 and c4 only
     **k:int # units or layers that count, by measure; c1=1, c2=1, c3=30, c4=1 unless given
@@ -436,15 +437,15 @@ def intraclass_table(
 
 # %% ../../nbs/measures/clustering.ipynb #312954b1
 def class_table(
-    acts:list, # per-layer (N,units) pre-activations, a list or what `capture` gives
+    acts:Sequence|dict, # per-layer (N,units) pre-activations, a list or what `capture` gives
     y:Tensor, # (N,) class of each sample, whole numbers
     k:int=30 # units of a layer that count for c3, >= 1 (all, if fewer)
 )->pd.DataFrame: # a row a class by rising label; columns (c3 or c4, layer)
     "Tabulate c3 and c4 of every layer by class (Carbonnelle 2021)."
-    acts,k = _layers(acts),whole('k', k)
-    names = _codes(y, next(iter(acts.values())))[0].tolist()
+    layers,k = _layers(acts),whole('k', k)
+    names = _codes(y, next(iter(layers.values())))[0].tolist()
     columns = {}
-    for name,a in acts.items():
+    for name,a in layers.items():
         columns['c3',name] = unit_variance_ratio(a, y).topk(min(k, a.shape[1]), 1).values.mean(1).cpu().numpy()
         columns['c4',name] = layer_spread_ratio(a, y).cpu().numpy()
     return pd.DataFrame(columns, names).sort_index(axis=1, level=0, sort_remaining=False)

@@ -118,7 +118,7 @@ def apply_head(
     "Classify embeddings with the head itself, past its hooks (ours)."
     weight = getattr(head, 'weight', None)
     x = z if weight is None else z.to(weight.dtype)
-    if is_pointwise(head): x = x.reshape(*x.shape, *[1]*len(head.kernel_size))
+    if isinstance(head, _ConvNd) and is_pointwise(head): x = x.reshape(*x.shape, *[1]*len(head.kernel_size))
     return head.forward(x).flatten(1).to(z.dtype)
 
 # %% ../../nbs/measures/embeddings.ipynb #8a70fec5
@@ -311,7 +311,6 @@ def embedding_metrics(
     n = logits.shape[1]
     if n>20: return metrics
     y = y.long()
-    margins = class_margins(z, y, n).tolist()
-    metrics['margins'] = [[round(value, 4) for value in row] for row in margins]
-    metrics['confusion'] = torch.bincount(y*n+logits.argmax(1), minlength=n*n).view(n, n).tolist()
-    return metrics
+    margins = [[round(value, 4) for value in row] for row in class_margins(z, y, n).tolist()]
+    confusion = torch.bincount(y*n+logits.argmax(1), minlength=n*n).view(n, n).tolist()
+    return metrics | dict(margins=margins, confusion=confusion)

@@ -11,6 +11,7 @@ __all__ = ['sample_batches', 'IntraclassMonitor', 'intraclass_report', 'capture'
 # %% ../../nbs/measures/intraclass.ipynb #a43c8cac
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.basics import Learner, no_random
@@ -43,7 +44,7 @@ def _check_labels(y):
     raise ValueError(f"labels are {what}: the measures need one class a sample (for several, measure each alone)")
 
 def sample_batches(
-    dl:DataLoader, # fastai or PyTorch loader with a length
+    dl:Any, # fastai or PyTorch loader with a length
     n:int=1000, # samples, >= 2 (all, if fewer)
     seed:int=0 # of the choice
 )->tuple: # list of (inputs, labels (B,) int64), and (n,) indices into the data set
@@ -117,9 +118,9 @@ class IntraclassMonitor(TrainingCallback):
         self.keep = keep
         self.seed = seed
         self.k = k
-        self.tables = {} # epoch -> table of `intraclass_table`
-        self.rows = [] # a dict a measured epoch
-        self.acts = {} # epoch -> what `capture` gives, on the CPU
+        self.tables = dict[int,pd.DataFrame]() # epoch -> table of `intraclass_table`
+        self.rows = list[dict]() # a dict a measured epoch
+        self.acts = dict[int,dict]() # epoch -> what `capture` gives, on the CPU
         self._sample = None
 
     def before_fit(self):
@@ -180,7 +181,7 @@ class IntraclassMonitor(TrainingCallback):
         last = self.profiles().xs(max(self.tables))
         df = self.to_frame().set_index('epoch')
         panels,own_figure = 3 if 'c0' in df else 2,axs is None
-        if own_figure: axs = plt.subplots(1, panels, figsize=(2.9*panels,2.6), layout='constrained')[1]
+        if axs is None: axs = plt.subplots(1, panels, figsize=(2.9*panels,2.6), layout='constrained')[1]
         for m in last: axs[0].plot(df[m], color=_COLOURS[m], label=m)
         axs[0].plot(df.accuracy, 'k--', lw=1, label='accuracy')
         axs[0].set(xlabel='epoch', ylabel='measure', title='network, over training')
@@ -223,7 +224,7 @@ def intraclass_report(
     learn:Learner, # trained
     n:int=1000, # samples, >= 2 (all, if fewer)
     subclass:Tensor|None=None, # (samples of `dl`,) subclasses; None for those of the data set, else c3 and c4 only
-    dl:DataLoader|None=None, # loader of the images to look at; None for the training loader
+    dl:Any=None, # loader of the images to look at; None for the training loader
     layers:type|str|Callable|list|None=None, # as for `capture`; None for all
     seed:int=0, # of the sample
     **k:int # units or layers that count, as for `intraclass_table`

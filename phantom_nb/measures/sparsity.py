@@ -272,7 +272,7 @@ class ActivationWatch:
         self.modules = activation_layers(model, layers)
         self.watches_functions = layers is None or not self.modules
         self.dims = channel_dims(model, self.modules)
-        self.functions = {} # names of functions that ran, chosen or not
+        self.functions = dict[str,None]() # names of functions that ran, chosen or not
 
     @contextmanager
     def watching(self,
@@ -285,7 +285,7 @@ class ActivationWatch:
     @contextmanager
     def _watching_functions(self, see):
         "Call `see` at every activation function that is no part of an activation module"
-        own,ran,over = set(self.modules.values()),[],[]
+        own,ran,over = set(self.modules.values()),list[str](),list[bool]()
         def function_ran(call):
             if over: return # the pass is over: this one belongs to the loss or to a penalty
             if call.function in _WEIGHTED.values(): ran.append(call.function)
@@ -333,7 +333,8 @@ def measure_sparsity(
     channel_dim:int|None=None # 1 or -1; None to go by the layers
 )->pd.DataFrame: # one row a layer: units, samples, positions, correlation, dead, and low and high of the filters
     "Measure all layers over a whole data set in one pass; `ValueError` without activations or batches (eq. 3 to 6)."
-    meters,n_batches = {},0
+    meters = dict[str,SparsityMeter]()
+    n_batches = 0
     watch = ActivationWatch(model, layers, channel_dim)
     def see(name, a, dim): meters.setdefault(name, SparsityMeter(dim)).add(a if act is None else act(a))
     with evaluating(model) as network, watch.watching(see):

@@ -9,11 +9,12 @@ __all__ = ['overfit_onset', 'sparsity_alarm', 'loss_alarm', 'judge_alarm', 'heat
 # %% ../../nbs/measures/sparsity_monitor.ipynb #0d01a181
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.basics import find_bs
 from fastcore.basics import store_attr
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ..checks import number, one_of, whole
@@ -28,7 +29,7 @@ def _smooth(x, window, centred=False):
     return x.rolling(window, min_periods=1, center=centred).mean().to_numpy()
 
 def overfit_onset(
-    loss:Sequence, # (epochs,) validation losses (nats)
+    loss:ArrayLike, # (epochs,) validation losses (nats)
     rise:float=.05, # how far above its minimum the loss must rise later, as a share, >= 0
     window:int=5 # epochs of the moving mean, >= 1
 )->int|None: # epoch, from 0; None if it never over-fits
@@ -42,7 +43,7 @@ def overfit_onset(
 def _first(hits): return int(np.argmax(hits)) if np.any(hits) else None
 
 def sparsity_alarm(
-    s:Sequence, # (epochs,) mean sparsity of training batches, in [0,1]
+    s:ArrayLike, # (epochs,) mean sparsity of training batches, in [0,1]
     rise:float=.01, # rise above the minimum so far, >= 0
     window:int=3 # epochs of the moving mean, >= 1
 )->int|None: # epoch, from 0; None if it keeps quiet
@@ -51,7 +52,7 @@ def sparsity_alarm(
     return _first(mean > np.fmin.accumulate(mean)+rise) # fmin: epochs that were not seen are NaN
 
 def loss_alarm(
-    loss:Sequence, # (epochs,) training losses (nats)
+    loss:ArrayLike, # (epochs,) training losses (nats)
     below:float=.1, # threshold (nats), > 0
     window:int=3 # epochs of the moving mean, >= 1
 )->int|None: # epoch, from 0; None if it keeps quiet
@@ -74,7 +75,7 @@ def _axis_label(over): return f'sparsity over {over}' if over in OVER else over
 
 def heat_map(
     ax:plt.Axes, # axes to draw in
-    values:Sequence, # (layers, epochs) in [0,1]
+    values:ArrayLike, # (layers, epochs) in [0,1]
     names:Sequence, # of the layers
     label:str='' # of the colours
 ):
@@ -100,7 +101,7 @@ def loss_curves(
     ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
 
 def plot_record(
-    monitor:TrainingCallback, # `SparsityMonitor` with a record
+    monitor:'SparsityRecord', # such as `SparsityMonitor`, with a record
     over:str, # measure to draw
     axs:Sequence # two matplotlib axes
 ):
@@ -121,8 +122,8 @@ def plot_layer_curves(
     names = df.layer.unique()
     columns = min(ncols, len(names))
     rows = -(-len(names)//columns)
-    size = dict(figsize=(2*columns,2*rows+.4), layout='constrained')
-    fig,axs = plt.subplots(rows, columns, sharex=True, squeeze=False, **size)
+    size = (2*columns, 2*rows+.4)
+    fig,axs = plt.subplots(rows, columns, figsize=size, sharex=True, squeeze=False, layout='constrained')
     for ax,name in zip(axs.flat, names):
         for split,style in (('train','C0-'), ('valid','C1--')):
             d = df[(df.layer==name) & (df.split==split)]
@@ -213,6 +214,9 @@ class SparsityRecord:
 # %% ../../nbs/measures/sparsity_monitor.ipynb #39ccf7b1
 class LayerMeters:
     "Measure what goes through the activations of a network while its hooks are on (ours)."
+    split:str|None
+    hooks:AbstractContextManager|None
+
     def __init__(self,
         model:nn.Module, # network to watch
         layers:type|str|Callable|list|None=None, # see `select_layers`; None for all activations, modules and functions
@@ -224,7 +228,7 @@ class LayerMeters:
         self.act = act
         self.images = images
         self.split = None # what the pass counts as, 'train' or 'valid'; None: it is not measured
-        self.found = {} # split -> name of a layer -> meter
+        self.found = dict[str,dict[str,SparsityMeter]]() # split -> name of a layer -> meter
         self.hooks = None
 
     def open(self):
@@ -277,6 +281,7 @@ class LayerMeters:
 class SparsityMonitor(SparsityRecord, TrainingCallback):
     "Record every layer's sparsity, correlation and dead filters each epoch, in fastai or any loop (Huesmann 2021)."
     order = 60
+    meters:LayerMeters
 
     def __init__(self,
         layers:type|str|Callable|list|None=None, # see `select_layers`; None for all activations, modules and functions
@@ -296,7 +301,7 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
         whole('window', window, at_least=1, what="a number of epochs")
         one_of('over', over, OVER)
         store_attr()
-        self.meters = None
+        self.meters = None # type: ignore[assignment] # until `choose`
         self._on = False
         self.begin()
 

@@ -8,6 +8,7 @@ __all__ = ['DEFAULTS', 'ROLES', 'CoMHE']
 # %% ../../nbs/regularizers/comhe.ipynb #28c10bd4
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from fastcore.basics import store_attr
@@ -27,6 +28,11 @@ ROLES = 'project','half','full','skip'
 class CoMHE(MHE):
     "Minimise the hyperspherical energy of every layer's projected neurons (Lin 2020, CoMHE)."
     p_wd = 5e-7 # weight decay of learned projections, the authors' 1e-3*5e-4
+    basis:dict
+    draw:int|None
+    _shapes:dict
+    _saved:dict|None
+    _advanced_at:int|None
 
     def __init__(self,
         projection:str='random', # 'random', 'expected', 'angle', 'adversarial', 'learned' or 'group'
@@ -77,17 +83,18 @@ class CoMHE(MHE):
         self.basis = {} # stack, or fan-in with `share_basis` -> projections (l,m,k,d), or chosen groups (m,)
         self.draw = None # seed of the last draw
         self.age = 0 # steps since the first draw
-        self._shapes = self._saved = self._advanced_at = None
+        self._shapes = {}
+        self._saved = self._advanced_at = None
 
     @classmethod
-    def paper(cls,
+    def paper(cls, # type: ignore[override] # each class has options of its own
         projection:str='random', # 'random', 'angle', 'adversarial' or 'group'
         lam:float|Callable=1., # weight >= 0, or an annealer
         **kwargs # further options of `CoMHE`
     ): # the callback
         "Make `CoMHE` as the authors ran it: their epsilon, number of projections and rate (rmlin/CoMHE at 4ac9898)."
-        theirs = dict(random=dict(m=20, share_basis=True), group=dict(m=0, redraw=0), angle=dict(unrolled=True),
-            adversarial=dict(steps=10, unrolled=True))
+        theirs = dict[str,dict](random=dict(m=20, share_basis=True), group=dict(m=0, redraw=0),
+            angle=dict(unrolled=True), adversarial=dict(steps=10, unrolled=True))
         return cls(projection, lam, **{'eps':1e-4, 'p_lr':None, **theirs.get(projection, {}), **kwargs})
 
     # Before a fit
@@ -130,7 +137,7 @@ class CoMHE(MHE):
         super().setup()
         if self.learns and self.p_lr is None and getattr(self.learn, 'opt', None) is None:
             raise ValueError("p_lr=None takes the rate of a Learner's optimizer, and there is none: give p_lr=.1")
-        shapes = {}
+        shapes = dict[int|Stack,Any]()
         for stack,names in self.stacks.items():
             if stack.role!='project': continue
             d = stack.shape[2]
@@ -154,14 +161,14 @@ class CoMHE(MHE):
 
     def draw_new(self)->None:
         "Draw a seed, and from it projections or groups."
-        self.draw = torch.randint(2**62, (), generator=self.gen).item()
+        self.draw = int(torch.randint(2**62, (), generator=self.gen))
         self.make_basis()
 
     def make_basis(self)->None:
         "Make what the seed `draw` stands for, on the device and in the precision of the weights."
         like = _wide(next(iter(self.selected.values())).weight.detach())
         self.basis = {}
-        if self.projection=='expected': return
+        if self.projection=='expected' or self.draw is None: return
         if self.projection=='group':
             gen = torch.Generator().manual_seed(self.draw)
             for stack,n in self._shapes.items(): # None: all groups
@@ -206,14 +213,14 @@ class CoMHE(MHE):
 
     def steps_of_basis(self,
         ws:dict, # Stack -> (l,g,n,d) neurons
-        cs:list|None # of (l,g,n,n) cosines to preserve
+        cs:list # of (l,g,n,n) cosines to preserve, for 'angle'
     )->dict: # key -> (l,m,k,d) a step of the projections, against the distortion, up or down the energy
         "Compute a step, summed over the stacks that share their projections (eq. 8, 11)."
         slopes,sign = SLOPES[self.projection]
         keys = [self.key(stack) for stack in ws]
         form = Form(self.s, False, self.angular, self.eps)
         gradients = slopes(list(ws.values()), [self.basis[key] for key in keys], form, cs)
-        steps = {}
+        steps = dict[int|Stack,Any]()
         for key,g in zip(keys, gradients):
             if self.share_basis: g = g.sum(0, keepdim=True)
             steps[key] = steps.get(key, 0) + sign*self.rate()*g
@@ -221,7 +228,7 @@ class CoMHE(MHE):
 
     def advance(self,
         ws:dict, # Stack -> (l,g,n,d) neurons
-        cs:list|None # of (l,g,n,n) cosines to preserve
+        cs:list # of (l,g,n,n) cosines to preserve, for 'angle'
     )->None:
         "Draw or learn the projections of this step."
         if self.redraw and self.age and self.age%self.redraw==0: self.draw_new()
@@ -238,7 +245,7 @@ class CoMHE(MHE):
     )->dict: # Stack -> (l,m,g,n,k) neurons that the energy is taken of
         "Project the stacks whose role it is."
         with torch.set_grad_enabled(self.unrolled and torch.is_grad_enabled()): # else no gradient comes to them
-            cs = [cosines(w, self.eps) for w in ws.values()] if self.projection=='angle' else None
+            cs = [cosines(w, self.eps) for w in ws.values()] if self.projection=='angle' else []
         if advance: self.advance(ws, cs)
         if self.projection=='expected': return {stack:w[:,None] for stack,w in ws.items()}
         if self.projection=='group':

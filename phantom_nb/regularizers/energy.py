@@ -59,14 +59,14 @@ def _lengths(q, n, eps, dtype):
     "`Directions` without `w_hat`, of `n` neurons a group from squared norms `q (g,rows,1)`, other rows zero"
     total = q.sum(-2, keepdim=True)
     floor = total*(SHORT/n) if eps is None else None
-    lifted = torch.maximum(q, floor) if eps is None else q+eps
+    lifted = q+eps if floor is None else torch.maximum(q, floor)
     zero = (q==0) | (lifted<1e-66) # below, the gradient would leave the range of float32
     lifted = lifted.masked_fill(zero, 1)
     r = lifted.rsqrt().masked_fill(zero, 0).to(dtype)
     c = (q/lifted).to(dtype)
-    if eps is not None: return Directions(None, r, c, None, None)
+    if eps is not None: return Directions(None, r, c, None, None) # type: ignore[arg-type]
     share = (lifted/total.masked_fill(total==0, 1)).masked_fill(zero, 0).to(dtype)
-    return Directions(None, r, c, share, q<=floor)
+    return Directions(None, r, c, share, q<=floor) # type: ignore[arg-type]
 
 def _dear_to_copy(w):
     "Whether a copy of the tensor costs a CPU more than further calls"
@@ -124,7 +124,7 @@ def radial_part(
 )->Tensor: # (g,n,1) multiples of `w_hat`
     "Compute what the gradient has to take off the force along `w_hat` (eq. 7, 8)."
     part = rho + pull*(1-to.c)
-    if to.short is None: return part
+    if to.short is None or to.share is None: return part
     kept = (rho - pull*to.c).masked_fill(~to.short, 0)
     return part - kept + kept.sum(-2, keepdim=True)*to.share
 
@@ -253,7 +253,7 @@ def in_groups(
 )->list: # what `f` gives for each place of the lists
     "Apply a function at once to all small tensors of one shape, the first axis aside; take the result apart (ours)."
     shapes = [(*(x.shape[1:] for x in xs), i*_dear_to_copy(xs[0])) for i,xs in enumerate(zip(*lists), 1)]
-    results = {}
+    results = dict[int,Tensor]()
     for shape in dict.fromkeys(shapes):
         at = [i for i,other in enumerate(shapes) if other==shape]
         out = f(*[torch.cat([xs[i] for i in at]) if len(at)>1 else xs[at[0]] for xs in lists])
@@ -274,9 +274,9 @@ def _frame(ws, halves):
     "Say what is padded how"
     groups = [(w.shape[1], float(half)) for w,half in zip(ws, halves) for _ in w]
     columns = [[n for n,_ in groups], [n*(n-1)+half*n*n for n,half in groups], [half for _,half in groups]]
-    columns = torch.tensor(columns, dtype=ws[0].dtype).to(ws[0].device, non_blocking=True)[...,None,None]
-    rows = torch.arange(max(w.shape[1] for w in ws), device=columns.device, dtype=columns.dtype)
-    return _Frame(*columns, (rows[:,None]<columns[0]).to(columns.dtype))
+    told = torch.tensor(columns, dtype=ws[0].dtype).to(ws[0].device, non_blocking=True)[...,None,None]
+    rows = torch.arange(max(w.shape[1] for w in ws), device=told.device, dtype=told.dtype)
+    return _Frame(told[0], told[1], told[2], (rows[:,None]<told[0]).to(told.dtype))
 
 def _padded_energy_grad(ws, halves, form):
     "Energies `(b,)` of groups of neurons of all `ws`, each (b,n,d); M `(b,n,n)`, padded; and directions of each"
@@ -383,7 +383,7 @@ class MHE(Regularizer):
         number('hidden', hidden, at_least=0, what='a factor')
         number('output', output, at_least=0, what='a factor')
         store_attr('s,half_space,angular,hidden,output,eps')
-        self.stacks = {} # Stack -> names of its layers
+        self.stacks = dict[Stack,list]() # Stack -> names of its layers
 
     @classmethod
     def paper(cls,
@@ -436,7 +436,7 @@ class MHE(Regularizer):
     def energies(self)->dict: # name of the layer -> its energy, a scalar with gradient
         "Compute every layer's energy; a `ValueError` before the first fit."
         if not self.stacks: raise ValueError("layers are chosen when a fit begins: fit first")
-        energies = {}
+        energies = dict[str,Tensor]()
         for stack,es in self.stack_energies().items(): energies |= zip(self.stacks[stack], es)
         return {name:energies[name] for name in self.selected if name in energies}
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from ..checks import number
 from ..core import Regularizer
@@ -19,14 +20,14 @@ from ..hooks import catch, compiled_words, is_compiled
 
 # %% ../../nbs/regularizers/norms.ipynb #546e0559
 def weight_norm(
-    layer:nn.Module # Linear or Conv layer
+    layer:nn.Linear|_ConvNd # Linear or Conv layer
 )->Tensor: # scalar >= 0, without gradient
     "Measure the Euclidean norm of all weights of a layer together."
     return length(layer.weight)
 
 @torch.no_grad()
 def project_norm(
-    layer:nn.Module, # Linear or Conv layer in front of `normalisation`
+    layer:nn.Linear|_ConvNd, # Linear or Conv layer in front of `normalisation`
     normalisation:nn.Module, # batch, layer, group or instance normalisation behind it
     norm:float|Tensor, # length to bring the weight back to, > 0
     lam:float=1. # 1 in full, 0 not at all
@@ -36,9 +37,9 @@ def project_norm(
     factor = torch.where(ratio.isfinite() & (ratio>0), ratio, 1)**lam # a weight of zero has no direction and stays
     layer.weight.mul_(factor)
     if layer.bias is not None: layer.bias.mul_(factor)
-    if isinstance(normalisation, _NormBase) and normalisation.running_mean is not None:
-        normalisation.running_mean.mul_(factor)
-        normalisation.running_var.mul_(factor**2)
+    if not isinstance(normalisation, _NormBase): return
+    if normalisation.running_mean is not None: normalisation.running_mean.mul_(factor)
+    if normalisation.running_var is not None: normalisation.running_var.mul_(factor**2)
 
 # %% ../../nbs/regularizers/norms.ipynb #89601006
 NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -47,6 +48,7 @@ class NormalizeAndProject(Regularizer):
     "Bring weights in front of a normalisation back to their first length after each step (Lyle 2024)."
     kind = 'projection'
     by_hand = "call project_norm(layer, normalisation, norm) after opt.step() yourself"
+    _growth:float|Tensor
     def __init__(self,
         lam:float|Callable=1., # in [0,1]: 1 projects in full, 0 does nothing; or an annealer
         every:int=1, # steps from one projection to the next, >= 1
@@ -54,10 +56,9 @@ class NormalizeAndProject(Regularizer):
     ):
         super().__init__(lam, every, layers)
         if not callable(lam): number('lam', lam, at_least=0, at_most=1)
-        self.pairs = {} # name -> the layer and the normalisation behind it
-        self.norms = {} # name -> first length
+        self.pairs = dict[str,tuple]() # name -> the layer and the normalisation behind it
+        self.norms = dict[str,Tensor]() # name -> first length
         self._growth = 0. # of the last step
-        self._hooks = None
         self._loaded = False
 
     def factor(self, lam:float): return 1. # nothing is added to the loss; the record shows the growth itself

@@ -126,7 +126,7 @@ def gather_batch(
 class EmbeddingRegularizer(Regularizer):
     "Give a penalty the embeddings and labels of a batch (ours)."
     decomposes = False
-    seen = () # inputs of the head in this batch
+    seen = list[Tensor]() # inputs of the head in this batch
     _hooks = None
 
     def select(self): return dict([find_head(self.model, self.layers, getattr(getattr(self, 'dls', None), 'c', None))])
@@ -148,7 +148,7 @@ class EmbeddingRegularizer(Regularizer):
     def close(self):
         if self._hooks: self._hooks.__exit__(None, None, None)
         self._hooks = None
-        self.seen = ()
+        self.seen = []
 
     def mixers(self)->list: # callbacks
         "List the callbacks that mix labels (fastai)."
@@ -189,6 +189,8 @@ def _refuse_a_mean(loss_func, n_classes, device, name):
 # %% ../../nbs/regularizers/phantom.ipynb #e39ff97a
 class PhantomEmbeddings(EmbeddingRegularizer):
     "Add the phantom penalty of the classifier's input (Arif 2023; forms ours)."
+    memory:ClassQueue|None
+
     def __init__(self,
         lam:float|Callable=.3, # weight >= 0, or an annealer
         mode:str='contrast', # 'mix', 'contrast', 'margin', 'separate', 'pull' or 'pairs'
@@ -208,7 +210,7 @@ class PhantomEmbeddings(EmbeddingRegularizer):
         store_attr('mode,k,alpha,tau,margin,choose')
         self.queue = whole('queue', queue, at_least=0)
         self.gen = torch.Generator().manual_seed(whole('seed', seed, at_least=0))
-        self.memory = None # `ClassQueue`, made with the first batch
+        self.memory = None # made with the first batch
         self._loaded = False # whether the memory is one that a fit goes on with
 
     def forget(self):
@@ -251,7 +253,7 @@ class PhantomEmbeddings(EmbeddingRegularizer):
     def _generator(self, device):
         "A generator of this step, on the device, if anything is drawn"
         if self.k is None: return None
-        return torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=self.gen).item())
+        return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=self.gen)))
 
     def state_dict(self):
         state = super().state_dict()

@@ -279,7 +279,7 @@ def phantom_loss(
     z,y = check_labels(z, y, n_classes)
     nearest = choose=='nearest'
     with torch.autocast(z.device.type, enabled=False):
-        with torch.no_grad(): right = _is_right(head(z), y) if choose=='right' else None
+        with torch.no_grad(): right = _is_right(head(z), y) if head is not None and choose=='right' else None
         draws = dict(k=k, generator=generator, detach=detach, bank=bank, right=right)
         if mode=='mix': return _mix(z, y, draws, nearest, head, loss_func or _cross_entropy, alpha)
         if mode=='separate': return _separate(z, y, draws, n_classes)

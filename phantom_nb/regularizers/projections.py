@@ -8,6 +8,8 @@ __all__ = ['REDUCE', 'SLOPES', 'project', 'gradient_in_p', 'projected_energies',
            'angle_preserving_energy', 'energy_slopes', 'adversarial_energy', 'split_coordinates', 'group_energy']
 
 # %% ../../nbs/regularizers/projections.ipynb #8ed58bcf
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -137,7 +139,7 @@ def angle_slopes(
     ws:list, # of (l,g,n,d) neurons, a tensor a stack of layers
     ps:list, # of (l,m,k,d) projections
     form:Form, # which energy
-    cs:list # of (l,g,n,n) cosines to preserve
+    cs:Sequence # of (l,g,n,n) cosines to preserve
 )->list: # of (l,m,k,d) gradients of the distortion in the projections
     "Compute the gradients of the distortion in the projections (eq. 8)."
     ys = [project(w, p) for w,p in zip(ws, ps)]
@@ -166,7 +168,7 @@ def _after_a_step(kind, w, p, lr, reduce, energy_kw):
     slopes,sign = SLOPES[kind]
     with torch.autocast(w.device.type, enabled=False):
         w,p = _prepare(w, p)
-        cs = [cosines(w, form.eps)] if kind=='angle' else None
+        cs = [cosines(w, form.eps)] if kind=='angle' else []
         p = p + sign*lr*slopes([w], [p], form, cs)[0]
         return REDUCE[reduce](projected_energies([project(w, p)], form)[0])[0]
 
@@ -186,7 +188,7 @@ def energy_slopes(
     ws:list, # of (l,g,n,d) neurons, a tensor a stack of layers
     ps:list, # of (l,m,k,d) projections
     form:Form, # which energy, the half space left out
-    cs:list|None=None # not used, as `angle_slopes` has it
+    cs:Sequence=() # not used, as `angle_slopes` has it
 )->list: # of (l,m,k,d) gradients of the full-space energies in the projections
     "Compute the gradients of the full-space energy in the projections (eq. 2)."
     form = form._replace(half_space=False)

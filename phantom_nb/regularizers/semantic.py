@@ -75,6 +75,7 @@ class ISDA(ReplacedLoss, ActivationRegularizer):
     "Replace the loss by its bound over random moves of the features (Wang 2019)."
     inputs = True
     ramp = True # a number for `lam` is reached at the end of training (equation 3)
+    moments:tuple|None
     def __init__(self,
         lam:float|Callable=.5, # strength at the end of training, >= 0 (.1 to 1 in the paper), or an annealer
         diagonal:bool=False, # whether only variances are kept: for many classes or wide features
@@ -115,10 +116,10 @@ class ISDA(ReplacedLoss, ActivationRegularizer):
         y = y.as_subclass(Tensor).reshape(-1).long()
         z = as_embeddings(self.acts[name], head).float()
         weight = head.weight.flatten(1).float()
-        moments = self.moments and [m.to(z.device) for m in self.moments]
+        moments = self.moments and tuple(m.to(z.device) for m in self.moments)
         together = on_several_processes(self.learn.model)
-        seen = [gather_rows(rows) for rows in (z.detach(), y)] if together else (z, y)
-        self.moments = merge_moments(moments, *seen, len(weight), self.diagonal)
+        z_seen,y_seen = (gather_rows(z.detach()),gather_rows(y)) if together else (z,y)
+        self.moments = merge_moments(moments, z_seen, y_seen, len(weight), self.diagonal)
         return isda_logits(pred, y, weight, self.moments[2], lam) if lam else pred
 
     def state_dict(self): return super().state_dict() | dict(moments=self.moments)

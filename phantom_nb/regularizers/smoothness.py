@@ -7,6 +7,7 @@ __all__ = ['gradient_penalty', 'top_vectors', 'spectral_norm', 'GradientPenalty'
 
 # %% ../../nbs/regularizers/smoothness.ipynb #9e1c1255
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def top_vectors(
     return u, unit(v.flatten()).view_as(v)
 
 def spectral_norm(
-    module:nn.Module, # Linear, or Conv1d-3d, transposed or not
+    module:nn.Linear|_ConvNd, # Linear, or Conv1d-3d, transposed or not
     in_shape:tuple|None=None, # height and width of the input (or channels, height, width); not needed for Linear
     steps:int=50, # rounds of the power iteration, >= 1
     generator:torch.Generator|None=None # of the start, on the CPU; None for a fixed one
@@ -84,6 +85,8 @@ def spectral_norm(
 class GradientPenalty(Regularizer):
     "Penalise the squared gradient of the loss at the input (Drucker and LeCun 1992; Bietti 2019)."
     decomposes = False # with batch normalization an image's gradient depends on the batch
+    _x:Tensor|None
+    _attention:AbstractContextManager|None
     def __init__(self,
         lam:float|Callable=.1, # weight >= 0, or an annealer
         of:str='loss', # 'loss', or 'logit' of the right class
@@ -117,14 +120,14 @@ class GradientPenalty(Regularizer):
     def penalty(self):
         if self._x is None: raise ValueError("no forward pass ahead of the penalty: call the network first")
         # at lam=0 the penalty is watched without a gradient of its own
-        with torch.enable_grad(): values = self._values()
+        with torch.enable_grad(): values = self._values(len(self._x))
         return gradient_penalty(values, self._x, self.loss_scale())
 
-    def _values(self):
-        "Sum over the batch of what is differentiated"
+    def _values(self, n):
+        "Sum over the batch of `n` images of what is differentiated"
         if self.of=='loss':
             loss = self.loss_of(self.learn.pred) if self.learn.loss is None else self.learn.loss
-            return loss*len(self._x)
+            return loss*n
         y = self.learn.yb[0] if len(self.learn.yb)==1 else None
         if y is None or y.is_floating_point():
             raise ValueError("of='logit' needs one class an image: use of='loss' with mixed labels")
@@ -132,6 +135,8 @@ class GradientPenalty(Regularizer):
 
 class SpectralPenalty(Regularizer):
     "Penalise half the sum of squared spectral norms of the layers (Yoshida and Miyato 2017)."
+    _followed:int|None
+
     def __init__(self,
         lam:float|Callable=.01, # weight >= 0, or an annealer
         rounds:int=1, # of the power iteration a step, >= 1; 20 before the first step
@@ -140,9 +145,9 @@ class SpectralPenalty(Regularizer):
     ):
         super().__init__(lam, every, layers)
         self.rounds = whole('rounds', rounds)
-        self.vectors = {} # name -> v of (eq. 3)
-        self.shapes = {} # name -> shape of an input
-        self._hooks = self._followed = None
+        self.vectors = dict[str,Tensor]() # name -> v of (eq. 3)
+        self.shapes = dict[str,tuple]() # name -> shape of an input
+        self._followed = None
 
     def start(self):
         super().start()
@@ -172,7 +177,7 @@ class SpectralPenalty(Regularizer):
         "Spectral norm of one layer, from the vector of the step before"
         shape,v = (1, *self.shapes[name]),self.vectors.get(name)
         known = v is not None and tuple(v.shape)==shape
-        if not known: v = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        if v is None or not known: v = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         v = v.to(module.weight.device, torch.float32)
         if follow or not known: v = top_vectors(module, v, self.rounds if known else 20)[1]
         self.vectors = {**self.vectors, name:v}

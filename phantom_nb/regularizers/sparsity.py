@@ -64,6 +64,7 @@ class TargetedSparsity(Regularizer):
     "Discourage sparse and correlated activations in chosen layers (Huesmann 2020; eq. 3)."
     types = ACTIVATIONS
     decomposes = False
+    _loaded:dict|None
 
     def __init__(self,
         lam:float|Callable=1., # weight >= 0, or an annealer
@@ -82,13 +83,13 @@ class TargetedSparsity(Regularizer):
         number('correlation', correlation, at_least=0, what="a weight")
         whole('rechoose', rechoose, at_least=2, what="a whole number of epochs")
         store_attr('target,over,correlation,rechoose,act,channel_dim')
-        self.chosen = [] # names aimed at; empty for all that are watched
-        self.history = {} # name -> mean sparsity of every epoch, for 'auto'
-        self.outputs = {} # name -> (copy of this batch's activations, axis of their channels)
-        self._epoch,self._names = [],[]
+        self.chosen = list[str]() # names aimed at; empty for all that are watched
+        self.history = dict[str,list]() # name -> mean sparsity of every epoch, for 'auto'
+        self.outputs = dict[str,tuple]() # name -> (copy of this batch's activations, axis of their channels)
+        self._epoch = list[torch.Tensor]()
+        self._names = list[str]()
         self._together = False
         self._loaded = None
-        self._hooks = None
 
     # Before the first batch of a fit
     def select(self):
@@ -148,7 +149,7 @@ class TargetedSparsity(Regularizer):
         measured = self.sparsities()
         if self.layers=='auto': self._epoch.append(torch.stack([s.detach() for s,rho in measured.values()]))
         self._names[:] = measured
-        excess = [(s-self.target).relu()+self.correlation*rho for s,rho in map(measured.get, self.aimed_at())]
+        excess = [(s-self.target).relu()+self.correlation*rho for s,rho in (measured[name] for name in self.aimed_at())]
         return torch.stack(excess).mean()
 
     # Every epoch
