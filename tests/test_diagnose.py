@@ -147,7 +147,7 @@ def test_layers_outside_of_their_band_are_named(trained):
     assert among(sparsity=usual).outside('sparsity')==[]
     last = among(sparsity=usual|dict(last=[.9]*4+[.95]*4+[1]))
     sentence, = last.outside('sparsity')
-    assert sentence.startswith('stage3.1.relu (the last layer) is denser than 9 in 10 recorded networks: ') and sentence.endswith('0.9 to 0.95 (33 networks).')
+    assert sentence.startswith('stage3.1.relu (the last layer) is denser than 9 in 10 recorded networks: ') and sentence.endswith('0.900 to 0.950 (33 networks).')
     assert sentence not in [f.fact for f in judge_network(last)] and sentence in diagnosis_html(last) # one in five is usual
     two = among(sparsity=usual|dict(last=[.9]*9, late=[-.2]*9))
     assert any(f.fact in two.outside('sparsity') and f.advice.startswith('2 of 5') for f in judge_network(two))

@@ -235,8 +235,8 @@ class Diagnosis:
         for row in out.itertuples():
             word = BY_LAYER[name][row.value>row.high]
             others = 'recorded networks' if row.depth in ('first','last') else 'layers at this depth'
-            told.append(f"{row.Index} ({DEPTHS[row.depth]}) {word} than 9 in 10 {others}: {row.value:.3g}, theirs "
-                f"{row.low:.3g} to {row.high:.3g} ({networks} networks).")
+            told.append(f"{row.Index} ({DEPTHS[row.depth]}) {word} than 9 in 10 {others}: {row.value:.3f}, theirs "
+                f"{row.low:.3f} to {row.high:.3f} ({networks} networks).")
         return told
 
     def __str__(self): return '\n'.join(map(str, self.findings))

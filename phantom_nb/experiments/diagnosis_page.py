@@ -171,7 +171,7 @@ def draw_bands(
     names = [name for name in QUANTITIES if math.isfinite(d.percentile(name))]
     ax.barh(range(len(names)), 90, left=5, color='.9', height=.6)
     ax.plot([d.percentile(name) for name in names], range(len(names)), 'o')
-    labels = [textwrap.fill(QUANTITIES[name].partition(' (')[0], 18) for name in names]
+    labels = [textwrap.fill(QUANTITIES[name].partition(' (')[0], 24) for name in names]
     ax.set_yticks(range(len(names)), labels, fontsize=6)
     ax.set(title='Among recorded networks', xlabel='recorded networks with less (%)', xlim=(-2, 102))
     ax.invert_yaxis()
@@ -246,7 +246,8 @@ def _caption(panel, d):
     if panel not in PROFILES or _guesses(d): return ''
     names = [name for name in PROFILES[panel] if d.places(name).percentile.notna().any()]
     if not names: return '<figcaption>No recorded layers to compare with.</figcaption>'
-    told = [sentence for name in names for sentence in d.outside(name)[:2]]
+    out = {name:d.outside(name) for name in names}
+    told = [f"{told[0]} Outside: {len(told)} of {len(d.places(name))} layers." for name,told in out.items() if told]
     return f"<figcaption>{escape(' '.join(told) or 'All layers are in their band.')}</figcaption>"
 
 def _rows(d):
