@@ -1,5 +1,6 @@
 "The diagnosis of a trained network: rules, bands, the page, the command"
 import json, math, re, time
+from dataclasses import replace
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from fastai.basics import Learner
 from test_project import ROOT
@@ -8,11 +9,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 from phantom_nb.cli import app
-from phantom_nb.experiments.diagnose import BANDS, LEVELS, QUANTITIES, best_temperature, diagnose, load_bands, percentile_in
-from phantom_nb.experiments.diagnose import confused_pairs, reference_bands
+from phantom_nb.experiments.diagnose import BANDS, BY_LAYER, DEPTHS, LEVELS, QUANTITIES, best_temperature, diagnose, judge_network, load_bands
+from phantom_nb.experiments.diagnose import confused_pairs, layer_bands, layer_depths, percentile_in, reference_bands
 from phantom_nb.experiments.diagnosis_page import diagnosis_html, panels_of, save_diagnosis
 from phantom_nb.experiments.learner import make_learner
 from phantom_nb.experiments.run import Run
+from phantom_nb.experiments.store import load_results
 from phantom_nb.models import create_model
 
 def loaders(n=120, classes=4, size=16):
@@ -97,11 +99,16 @@ def test_percentiles():
     assert percentile_in(band, 0)==12.5 # half of the networks that share the value
 
 def test_bands_of_the_package_are_those_of_the_rows():
-    "Quantiles rise, every quantity is there, and groups are chosen by size"
+    "The rows give the file again; quantiles rise, every quantity is there at every depth, and groups are chosen by size"
     table = json.loads((ROOT/'phantom_nb'/BANDS).read_text())
+    rows = pd.concat([load_results(path) for path in sorted((ROOT/'results').glob('*.jsonl')) if b'net_c3' in path.read_bytes()])
+    assert reference_bands(rows)==table and len(table)==3
     for told in table.values():
-        assert told['networks']>=20 and told['settings']
-        assert all(len(told[q])==len(LEVELS) and sorted(told[q])==told[q] for q in QUANTITIES)
+        assert told['networks']>=told['layers']['networks']>=20 and told['settings']
+        by_layer = [told['layers'][q] for q in BY_LAYER]
+        assert all(bands.keys()==DEPTHS.keys() for bands in by_layer)
+        bands = [*(told[q] for q in QUANTITIES), *(band for bands in by_layer for band in bands.values())]
+        assert all(len(band)==len(LEVELS) and sorted(band)==band for band in bands)
     few,many,small,large = 'up to 300 images', '300 to 3,000 images', 'up to 300,000 parameters', 'more than 300,000 parameters'
     for n,params,group in ((200, 20_000, (few, small)), (200, 11_000_000, (few, large)), (1000, 11_000_000, (many, large))):
         assert load_bands(n, params)['group']==', '.join(group)
@@ -120,6 +127,32 @@ def test_a_band_needs_twenty_networks():
     sizes = reference_bands(many.assign(params=[1e4]*50+[1e7]*50, model=['small']*50+['large']*50))
     assert list(sizes)==[f'300 to 3,000 images, {size} parameters' for size in ('up to 300,000', 'more than 300,000')]
     assert all(told['networks']==50 for told in sizes.values())
+
+    assert reference_bands(many.assign(coarse=True))==reference_bands(many.assign(train_accuracy=.8))=={} # another task; not fitted
+
+def test_layers_are_compared_by_depth():
+    "Ten layers: first, last, and thirds; a layer of the same depth counts, whatever its number"
+    assert layer_depths(10)==['first',*['early']*3,*['middle']*2,*['late']*3,'last']
+    rows = pd.DataFrame(dict(data='d', n_train=100, net_layers=[dict(sparsity=[i/100, *[.5]*(1+i%2), None if i<5 else i/10]) for i in range(30)]))
+    told = layer_bands(rows)
+    assert told['networks']==30 and told['settings']==['d, 100 images'] and told['sparsity'].keys()=={'first','last'} and told['energy']=={}
+    assert told['sparsity']['first'][4]==.145 and told['sparsity']['last'][4]==1.7 # without layers that are dead
+    assert layer_bands(rows[:19])==layer_bands(rows.drop(columns='net_layers'))=={}
+
+def test_layers_outside_of_their_band_are_named(trained):
+    found = diagnose(trained)
+    assert found.places('sparsity').value.tolist()==found.activations.sparsity.tolist() and len(found.places('norm'))==5
+    usual = {depth:[0, 0, 0, .2, .4, .6, 1, 1, 1] for depth in DEPTHS}
+    def among(**bands): return replace(found, bands=found.bands|dict(layers=dict(networks=33, settings=['s'])|bands))
+    assert among(sparsity=usual).outside('sparsity')==[]
+    last = among(sparsity=usual|dict(last=[.9]*4+[.95]*4+[1]))
+    sentence, = last.outside('sparsity')
+    assert sentence.startswith('stage3.1.relu (the last layer) is denser than 9 in 10 recorded networks: ') and sentence.endswith('0.900 to 0.950 (33 networks).')
+    assert sentence not in [f.fact for f in judge_network(last)] and sentence in diagnosis_html(last) # one in five is usual
+    two = among(sparsity=usual|dict(last=[.9]*9, late=[-.2]*9))
+    assert any(f.fact in two.outside('sparsity') and f.advice.startswith('2 of 5') for f in judge_network(two))
+    assert 'is sparser than 9 in 10 layers at this depth' in ' '.join(two.outside('sparsity')) and two.outside('energy')==[]
+    assert diagnosis_html(replace(found, bands={})).count('No recorded layers')==4
 
 def test_confusions_name_pairs_once():
     y = torch.tensor([0]*10+[1]*10+[2]*10)

@@ -33,7 +33,7 @@ from ..data import ImageData, ImageLoaders, get_dls, is_folder, load_dataset
 from ..data.images import folder_digest
 from .methods import Pieces, make_method
 from .optimizer import fused_adam, fused_sgd
-from .quantities import calibration_error, judge_spoilt, network_quantities
+from .quantities import calibration_error, judge_spoilt, logit_margins, network_quantities
 from .run import Run, step_points
 from ..measures.embeddings import embedding_metrics, watch_head
 from ..models import create_model
@@ -308,7 +308,9 @@ def judge(
     with watch_head(learn.model, n_out=learn.dls.c) as seen: found = evaluate(learn.model, dl)
     if not found: return found
     z,logits = map(torch.cat, zip(*seen))
-    return found | embedding_metrics(z, logits, dl.dataset.y) | dict(ece=calibration_error(logits, dl.dataset.y).item())
+    y = dl.dataset.y
+    return found | embedding_metrics(z, logits, y) | dict(ece=calibration_error(logits, y).item(),
+        logit_margin=logit_margins(logits, y).median().item())
 
 def measure_learner(
     learn:Learner, # trained

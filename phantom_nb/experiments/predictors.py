@@ -66,8 +66,9 @@ def cheap_predictors(
 )->dict: # name -> number or None; 'layers': c1 to c4 by layer
     "Measure all candidates that cost a pass or two (sources above)."
     y = torch.cat([labels for _,labels in batches])
-    with watch_head(model) as seen: acts,logits,found = capture_with_sparsity(model, batches)
+    with watch_head(model) as seen: acts,logits,sparsity = capture_with_sparsity(model, batches)
     z = torch.cat([embeddings for embeddings,_ in seen])
+    found = sparsity.mean().to_dict()
     found |= dict(train_loss=F.cross_entropy(logits.float(), y).item(), similarity=interclass_similarity(z, y).item(),
         train_accuracy=(logits.argmax(1)==y).float().mean().item())
     moved = [(w-before).square().sum() for w,before in zip(weights_of(model), start)]
