@@ -20,6 +20,7 @@ from phantom_nb.measures.embeddings import embeddings_of
 from phantom_nb.models import create_model
 from phantom_nb.regularizers.phantom import (MODES, ClassQueue, PhantomEmbeddings, class_phantoms, combine_with_phantoms,
     interclass_similarity, phantom_embeddings, phantom_loss)
+from phantom_nb.regularizers.phantoms import members
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=14)
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -88,6 +89,17 @@ def test_classes_that_ignore_index_leaves_out_have_no_phantom():
     z,y = batch([-100,-100,1,1])
     assert phantom_embeddings(z, y)[1].tolist()==[False,False,True,True]
     assert class_phantoms(z, y, 3)[1].tolist()==[False,True,False]
+    losses = [phantom_loss(z, c, 'mix', lambda o: o[:,:3], lambda x, y: F.cross_entropy(x, y, reduction='none')) for c in (y, y.clamp_min(-1))]
+    assert losses[0]==losses[1]>0
+
+def test_members_are_counted():
+    "Of plain labels one each, of mixed ones the most that an image is made of; of no image one, or no class at all"
+    mixed = torch.tensor([[.2,0.,.8],[0.,1.,0.]])
+    for y,m in ((torch.tensor([2,-1]), 1), (mixed, 2), (mixed[1:], 1), (mixed[:0], 1)):
+        classes,share = members(y)
+        assert classes.shape==share.shape==(len(y),m) and share.dtype==torch.float32
+    assert members(torch.tensor([2,-1]))[1].tolist()==[[1.],[0.]] and members(mixed)[0].tolist()[0]==[2,0]
+    assert class_phantoms(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))[0].shape==(0,4)
 
 def test_autocast_is_off_inside():
     z,y = torch.randn(12, 50, generator=gen()),torch.arange(12)%3
