@@ -1620,6 +1620,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'phantom_nb/measures/clustering.py'),
                                                 'phantom_nb.measures.clustering._sums': ( 'measures/clustering.html#_sums',
                                                                                           'phantom_nb/measures/clustering.py'),
+                                                'phantom_nb.measures.clustering._two_of_many': ( 'measures/clustering.html#_two_of_many',
+                                                                                                 'phantom_nb/measures/clustering.py'),
                                                 'phantom_nb.measures.clustering.class_table': ( 'measures/clustering.html#class_table',
                                                                                                 'phantom_nb/measures/clustering.py'),
                                                 'phantom_nb.measures.clustering.cosine_distance_std': ( 'measures/clustering.html#cosine_distance_std',

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/'results'/'mutation.jsonl'
 BUDGET = 10. # seconds of tests that a change has to pass at first; what survives is tried again with all of
-# them, three cases at most of each parametrized test
+# them
 KEY = 'function','kind','before','after'
 TESTS = { # test files of a module
     'regularizers.energy':'hyperspherical', 'regularizers.projections':'projections',
@@ -208,13 +208,14 @@ class Mutation:
     "In place of pytest's loop: break functions one by one, and run the tests that call them until one fails"
     def __init__(self, name, per, seed, only=None):
         self.name,self.per,self.seed,self.only = name,per,seed,only
-        self.noticed = []
+        self.noticed,self.void = [],[]
 
     def pytest_collection_modifyitems(self, items):
-        "Three cases at most of each parametrized test"
+        "Three cases at most of each parametrized test, twenty for survivors"
+        most = 3 if self.only is None else 20
         cases,chance = defaultdict(list),random.Random(self.seed)
         for item in items: cases[item.fspath, item.originalname].append(item)
-        items[:] = [item for group in cases.values() for item in chance.sample(group, min(3, len(group)))]
+        items[:] = [item for group in cases.values() for item in chance.sample(group, min(most, len(group)))]
 
     def pytest_runtestloop(self, session):
         module = importlib.import_module(f'phantom_nb.{self.name}')
@@ -239,6 +240,7 @@ class Mutation:
             for said,new in mutants:
                 work = partial(attempt, module, tree, function, new, chosen, said['kind']=='extra detach')
                 found = in_a_fork(work, limit)
+                if found=='no mutant': self.void.append([said[k] for k in KEY])
                 if found=='no mutant': continue
                 row['tried'] += 1
                 if found=='killed':
@@ -282,14 +284,14 @@ def score(name, per, seed, only=None):
     plugin = Mutation(name, per, seed, only)
     files = [str(ROOT/'tests'/f'test_{part}.py') for part in TESTS[name].split()]
     pytest.main(['-q', '-p', 'no:cacheprovider', '-m', 'not processes', *files], plugins=[plugin])
-    return plugin.row | dict(noticed=plugin.noticed)
+    return plugin.row | dict(noticed=plugin.noticed, void=plugin.void)
 
 def read_rows():
     rows = map(json.loads, RESULTS.read_text().splitlines()) if RESULTS.exists() else ()
     return {row['module']:row for row in rows}
 
 def write_row(row):
-    row = {k:v for k,v in explained(row).items() if k!='noticed'}
+    row = {k:v for k,v in explained(row).items() if k not in ('noticed','void')}
     rows = read_rows() | {row['module']:row} # read again just before: another module may have ended meanwhile
     RESULTS.write_text(''.join(json.dumps(rows[name], ensure_ascii=False)+'\n' for name in sorted(rows)))
 
@@ -313,6 +315,29 @@ EQUIVALENT = { # changes that mean nothing: part of a module and function, of wh
     ('energy MHE.stack_weights', 'len(ws) > 1'):"one tensor, or the same one concatenated",
     ('energy MHE.group_energies', 'False in Form'):"which space is meant is said beside it, layer by layer",
     ('energy _Energy.forward', 'new_empty'):"nobody reads this tensor",
+    ('projections group_energy', 'False in enabled'):"nothing here but the energy computes, and it switches autocast off",
+    ('sparsity fastest_rising', '1 in s.mean'):"takes the same from the slope of every layer",
+    ('sparsity fastest_rising', '1 in window - 1'):"rows are centred, so a shift of the epochs changes no slope",
+    ('sparsity TargetedSparsity.setup', "self.over == 'samples'"):"acts on several processes alone: test_distributed.py",
+    ('sparsity TargetedSparsity.open', 'self.close()'):"Python closes a context that is dropped",
+    ('sparsity TargetedSparsity._leave', '__exit__'):"Python closes a context that is dropped",
+    ('phantom ClassQueue.__init__', 'torch.long'):"numbers that fit either type",
+    ('phantom EmbeddingRegularizer.open', 'self.close()'):"Python closes a context that is dropped",
+    ('phantom EmbeddingRegularizer.close', '__exit__'):"Python closes a context that is dropped",
+    ('clustering _exact', 'no_grad'):"activations are detached before",
+    ('clustering _as_tensor', 'return'):"what it gives is detached next",
+    ('clustering _matrix', 'detach'):"what follows has no gradient either way",
+    ('clustering _Gram.add', '1 in square.shape[1]'):"squares have equal sides",
+    ('clustering unit_variance_ratio', 'sums.sum'):"number and sums are divided alike",
+    ('clustering _percentile', 'columns.numel() > 8 * _BLOCK'):"both ways give the same number; which one costs less memory is for test_scale.py",
+    ('energy energies_together', '0 in ws[0]'):"all layers lie on one device",
+    ('projections projected_energies', 'False in half_space'):"which space is meant is said beside it, stack by stack",
+    ('projections _prepare', '65504 in'):"float16 rounds it to the same number",
+    ('comhe CoMHE.make_basis', 'weight.detach'):"nothing but its type and device is read",
+    ('comhe CoMHE.stack_energies', 'False in Form'):"which space is meant is said beside it, stack by stack",
+    ('phantoms check_labels', 'torch.long'):"labels that nobody reads",
+    ('phantoms _average', '2.0 in -2.0'):"any number below the least cosine",
+    ('phantoms phantom_loss', 'torch.no_grad'):"whether a sample is right has no gradient",
     ('energy hyperspherical_energy', 'grad=False'):"the gradient that nobody asked for costs time alone"}
 
 def explained(row):
@@ -327,8 +352,10 @@ def again(row):
     open_ones = [m for m in explained(row)['survivors'] if 'why' not in m]
     new = score(row['module'], row['per'], row['seed'], [key(m) for m in open_ones])
     gone = [key(m) for m in open_ones if key(m) in new['noticed']]
-    left = [m for m in row['survivors'] if key(m) not in gone] # what is not found again stays
-    return row | dict(survivors=left, killed=row['killed']+len(gone), tests=new['tests'], again=True)
+    void = [key(m) for m in open_ones if key(m) in new['void']] # no gradient to take away after all
+    left = [m for m in row['survivors'] if key(m) not in gone+void] # what is not found again stays
+    tried,killed = row['tried']-len(void),row['killed']+len(gone)
+    return row | dict(survivors=left, tried=tried, killed=killed, tests=new['tests'], again=True)
 
 def main(args):
     import hypothesis, torch

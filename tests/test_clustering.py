@@ -7,6 +7,8 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import silhouette_samples
 from sklearn.metrics.pairwise import cosine_distances
 
+from phantom_nb.measures import clustering
+from phantom_nb.measures.clustering import layer_spread_ratio
 from phantom_nb.measures.intraclass import class_table, cosine_distance_std, distance_spread_ratio, interpolation_drop
 from phantom_nb.measures.intraclass import intraclass_table, layer_silhouette, silhouette_cosine, subclass_selectivity
 from phantom_nb.measures.intraclass import subclass_silhouette, unit_selectivity, unit_variance_ratio, variance_ratio
@@ -77,10 +79,24 @@ def test_against_scikit_learn(n, d, k, seed, shift, zeros):
 
 def test_many_blocks_give_what_one_gives(monkeypatch):
     x,y = cloud(300, 200, 5, 0, .5, 3)
-    whole = silhouette_cosine(x, y),cosine_distance_std(x),unit_variance_ratio(x, y)
-    monkeypatch.setattr('phantom_nb.measures.clustering._BLOCK', 1400)
-    parts = silhouette_cosine(x, y),cosine_distance_std(x),unit_variance_ratio(x, y)
+    def values(): return [silhouette_cosine(x, y),cosine_distance_std(x),*clustering.layer_values(x, y//8, y).values(),
+        silhouette_cosine(x[:,:3], torch.arange(300)%40), layer_spread_ratio(x[:150], y[:150])]
+    whole = values()
+    monkeypatch.setattr(clustering, '_BLOCK', 1400)
+    parts = values()
     assert all(torch.allclose(a, b, rtol=1e-10) for a,b in zip(whole, parts))
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('p', [0, 31, 75, 100])
+def test_thresholds_of_many_samples_are_those_of_few(monkeypatch, dtype, p):
+    "Numbers of every size and sign, equal ones, zeros of both signs, a constant unit, rows with steps between them"
+    x = torch.randn(999, 6, generator=gen(0))*10**torch.linspace(-4, 4, 6)
+    x[:,1],x[:,2],x[:400,3],x[300:900,3] = -7.,x[:,2].round(),0.,-0.
+    x = x.to(dtype)
+    few = clustering._percentile(x, p)
+    monkeypatch.setattr(clustering, '_BLOCK', 100)
+    for many in (x, x.T.contiguous().T, x.repeat(1, 2)[:,:6]): assert torch.equal(clustering._percentile(many, p), few)
+    assert close(few, np.percentile(x.to(few.dtype), p, axis=0), 1e-9 if dtype==torch.float64 else 1e-2)
 
 @pytest.mark.parametrize('n,d', [(400,200), (200,400), (50,161), (1000,321)])
 def test_spread_of_more_samples_or_more_units(n, d):
@@ -150,6 +166,10 @@ def test_single_unit_and_class_values():
     assert v.shape==(2,3) and v[1,0]==0 and v[0,0]>1 and (v[:,1]==0).all()
     loop = torch.stack([a[sup==c].std(0, correction=0)/(a.std(0, correction=0)+1e-7) for c in (0,1)])*torch.tensor([1,0,1])
     assert torch.allclose(v.float(), loop, atol=1e-5)
+    assert u[2,0].item()==pytest.approx(1e7), "1 above the others, and no deviation on either side: the authors' 1e-7 alone"
+    faint = 1e-6*a[:,2:].double()
+    ratio = faint[sup==0].std(0, correction=0)/(faint.std(0, correction=0)+1e-7)
+    assert unit_variance_ratio(faint, sup)[0].item()==pytest.approx(ratio.item(), rel=1e-9)
 
 def test_constant_units_do_not_vary_even_far_from_zero():
     a = torch.full((240, 2), 1e4/3)
@@ -184,10 +204,10 @@ def test_silhouettes_within_superclasses_against_scikit_learn():
     s = silhouette_samples(a[own].relu(), sub[own], metric='cosine')
     assert close(got[[1,3,5]], [s[sub[own]==o].mean() for o in (1,3,5)], 1e-9)
 
-@pytest.mark.parametrize('units', [3, 11, 39, 41, 200])
-def test_c4_threshold_by_width(units):
+@pytest.mark.parametrize('units,size', [(3, 1), (11, 1), (39, 1e-7), (41, 1), (200, 1)])
+def test_c4_threshold_by_width(units, size):
     "The definition, step by step in numpy, for layers on both sides of 40 units"
-    a = np.random.default_rng(0).normal(size=(101, units))*np.arange(1, units+1)
+    a = np.random.default_rng(0).normal(size=(101, units))*np.arange(1, units+1)*size
     y = np.arange(101)%4
     z = (a-a.mean(0))/(a.std(0)+1e-7)
     z = np.maximum(z-np.percentile(z, max(min(round(100-1000/units), 75), 0), axis=0), 0)
@@ -202,7 +222,7 @@ def test_tables_agree_with_the_measures():
     assert intraclass_table(ACTS, SUP, c3=5).loc['network','c3']==pytest.approx(WANT['c3_k5'], rel=1e-5)
     assert list(intraclass_table(ACTS, SUP).columns)==['c3','c4']
     by_class = class_table(dict(zip('abc', ACTS)), SUP)
-    assert close(by_class.c4.mean(), t.c4[:3], 1e-6)
+    assert close(by_class.c4.mean(), t.c4[:3], 1e-6) and close(by_class.c3.mean(), t.c3[:3], 1e-6)
 
 
 # c0
@@ -241,9 +261,10 @@ X,Y = torch.randn(12, 4, generator=gen(0)),torch.arange(12)%3
     (lambda: silhouette_cosine(X, torch.arange(12)), '12 clusters of 12'), (lambda: silhouette_cosine(X, Y.float()), 'whole numbers'),
     (lambda: silhouette_cosine(X[:,0], Y), r'shape \(12,\)'), (lambda: silhouette_cosine(X/0, Y), 'NaN or infinite'),
     (lambda: cosine_distance_std(X*math.nan), 'NaN or infinite'), (lambda: variance_ratio([X*math.inf], Y), 'NaN or infinite'),
+    (lambda: variance_ratio([X.where(X<X.max(), math.nan)], Y), 'NaN or infinite'),
     (lambda: variance_ratio([X], Y, k=0), 'k=0'), (lambda: variance_ratio([], Y), 'at least one layer'),
     (lambda: variance_ratio([X,X[:5]], Y), r'\[12, 5\] samples'), (lambda: distance_spread_ratio([X], Y, k=1.5), 'k=1.5'),
-    (lambda: subclass_selectivity([X], Y, Y), 'has two subclasses'), (lambda: subclass_silhouette([X], Y, Y//2), 'more than one superclass'),
+    (lambda: subclass_selectivity([X], Y, Y), 'has two subclasses'), (lambda: subclass_silhouette([X], Y, Y//2), 'subclass 0 lies in more than one superclass'),
     (lambda: intraclass_table([X], Y, c5=1), 'c5'),
     (lambda: class_table([X], Y, k=0), 'k=0'), (lambda: interpolation_drop(lambda b: b.softmax(1), X, Y//2, Y, bs=0), 'bs=0'),
     (lambda: interpolation_drop(lambda b: b, X, Y//2, Y), 'softmax'),

@@ -1,4 +1,5 @@
 "Phantom embeddings: the functions against loops, plain and mixed labels, the callback's promises beyond the contract"
+import math
 from collections import deque
 from functools import partial
 
@@ -7,7 +8,7 @@ from fastai.basics import Callback, CrossEntropyLossFlat, Learner, SGD, noop
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.losses import LabelSmoothingCrossEntropyFlat
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,6 +21,7 @@ from phantom_nb.measures.embeddings import embeddings_of
 from phantom_nb.models import create_model
 from phantom_nb.regularizers.phantom import (MODES, ClassQueue, PhantomEmbeddings, class_phantoms, combine_with_phantoms,
     interclass_similarity, phantom_embeddings, phantom_loss)
+from phantom_nb.regularizers.phantoms import members
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=14)
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -71,6 +73,14 @@ def test_chance_comes_from_the_generator_alone():
     a,b,c = [phantom_embeddings(z, y, 3, gen(s))[0] for s in (1,1,2)]
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(before, torch.get_rng_state())
 
+def test_without_a_generator_chance_is_pytorchs_own():
+    z,y = batch([0]*8)
+    def draw(seed):
+        torch.manual_seed(seed)
+        return phantom_embeddings(z, y, 3)[0]
+    with torch.random.fork_rng(): a,b,c = map(draw, (1,1,2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
 @pytest.mark.parametrize('labels', [[3], [2,2,2], [0,1,2], [0,0,1], list(range(300)), [i//2 for i in range(400)], [-100,-100,0,0], []], ids=str)
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -88,6 +98,17 @@ def test_classes_that_ignore_index_leaves_out_have_no_phantom():
     z,y = batch([-100,-100,1,1])
     assert phantom_embeddings(z, y)[1].tolist()==[False,False,True,True]
     assert class_phantoms(z, y, 3)[1].tolist()==[False,True,False]
+    losses = [phantom_loss(z, c, 'mix', lambda o: o[:,:3], lambda x, y: F.cross_entropy(x, y, reduction='none')) for c in (y, y.clamp_min(-1))]
+    assert losses[0]==losses[1]>0
+
+def test_members_are_counted():
+    "Of plain labels one each, of mixed ones the most that an image is made of; of no image one, or no class at all"
+    mixed = torch.tensor([[.2,0.,.8],[0.,1.,0.]])
+    for y,m in ((torch.tensor([2,-1]), 1), (mixed, 2), (mixed[1:], 1), (mixed[:0], 1)):
+        classes,share = members(y)
+        assert classes.shape==share.shape==(len(y),m) and share.dtype==torch.float32
+    assert members(torch.tensor([2,-1]))[1].tolist()==[[1.],[0.]] and members(mixed)[0].tolist()[0]==[2,0]
+    assert class_phantoms(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))[0].shape==(0,4)
 
 def test_autocast_is_off_inside():
     z,y = torch.randn(12, 50, generator=gen()),torch.arange(12)%3
@@ -193,8 +214,10 @@ def loop_mixed(z, t, mode, w, tau, alpha):
                 weight += v
     return total/weight if weight else 0.
 
-@settings(max_examples=60, deadline=None)
-@given(LABELS, st.sampled_from(MODES), st.integers(0, 5))
+@pytest.mark.parametrize('mode', MODES)
+@settings(max_examples=12, deadline=None)
+@given(labels=LABELS, seed=st.integers(0, 5))
+@example(labels=[0,0,0,1,1,2], seed=0) # images of one class and of two, and a class that one image has alone
 def test_mixed_labels_are_the_loop(labels, mode, seed):
     z,_ = batch(labels)
     t = shares(labels, seed=seed)
@@ -307,8 +330,33 @@ def test_a_bank_adds_phantoms_and_gets_no_gradient():
     c,present = class_phantoms(z, y, 4, bank=bank)
     torch.testing.assert_close(c[0], torch.cat([z[:1], bank[0][:2]]).mean(0))
     assert present.tolist()==[True,True,False,False]
+    c0,c1,c2 = [cos(z[0].detach(), o.detach()) for o in (z[1], *bank[0][:2])]
+    loss = math.log(sum(math.exp(c/.3) for c in (c0,c1,c2)))-(c1+c2)/2/.3 # the other image has no partner
+    assert abs(phantom_loss(z, y, 'pairs', bank=bank).item()-loss)<1e-9
+    g, = torch.autograd.grad(c[0].sum(), z)
+    torch.testing.assert_close(g, torch.tensor([[1/3],[0.]], dtype=g.dtype).expand(2, 6))
+
+def test_the_nearest_of_mixed_images_are_chosen_class_by_class():
+    z,_ = batch([0]*9)
+    t = shares([0,0,1,1,2,2,0,1,1])
+    p,valid = phantom_embeddings(z, t, 2, nearest=True)
+    for i in valid.nonzero()[:,0].tolist():
+        total = 0
+        for c in t[i].nonzero()[:,0].tolist():
+            near = sorted((j for j in range(9) if j!=i and t[j,c]>0), key=lambda j: -cos(z[i], z[j]))[:2]
+            total = total+t[i,c]*(t[near,c,None]*z[near]).sum(0)/t[near,c].sum()
+        torch.testing.assert_close(p[i], total)
+    assert valid.sum()>4 and (t>0).sum(1).max()==2
 
 # The memory
+
+def test_a_state_is_a_copy_and_goes_on():
+    queue,new = ClassQueue(3, 2, 1),(torch.tensor([[3.],[4.]]),torch.tensor([0,2]))
+    queue.push(torch.tensor([[1.],[2.]]), torch.tensor([0,1]))
+    state = queue.state()
+    before,other = {k:v.clone() for k,v in state.items()},ClassQueue.restored(state, 2)
+    for q in (queue, other): q.push(*new)
+    assert all(torch.equal(state[k], v) for k,v in before.items()) and all(map(torch.equal, queue.items(), other.items()))
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(-1, 3), max_size=7), min_size=1, max_size=5), st.integers(1, 3))
@@ -494,6 +542,18 @@ def test_a_memory_that_does_not_fit_is_refused(tmp_path):
     learn.save('three')
     other = _learner(PhantomEmbeddings(queue=2), path=tmp_path).load('three')
     with pytest.raises(ValueError, match='queue=2: the saved memory holds 3 of each class'): other.fit(1)
+
+def test_a_saved_memory_goes_on_in_the_next_fit_alone(tmp_path):
+    def state(cb): return cb.gen.get_state(),cb.memory and cb.memory.state()
+    learn,seen = _learner(PhantomEmbeddings(queue=3, k=1), path=tmp_path),[]
+    learn.fit(1)
+    learn.save('one')
+    gen,memory = state(learn.phantom_embeddings)
+    def look(cb): seen.extend([state(cb.learn.phantom_embeddings)] if cb.training and not cb.iter else [])
+    other = _learner(PhantomEmbeddings(queue=3, k=1, seed=5), Callback(before_batch=look), path=tmp_path).load('one')
+    for _ in range(2): other.fit(1)
+    assert torch.equal(seen[0][0], gen) and all(torch.equal(memory[k], seen[0][1][k]) for k in memory) and seen[1][1] is None
+    _learner(PhantomEmbeddings(k=1), path=tmp_path).load('one').fit(1) # no memory, so it is not taken over
 
 def test_a_second_fit_begins_with_an_empty_memory_and_other_draws(tmp_path):
     learn = _learner(PhantomEmbeddings(queue=3, k=1), path=tmp_path)

@@ -2,6 +2,7 @@
 import copy, json, math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, pytest, torch
 from fastai.basics import Callback, CancelFitException, Learner
@@ -96,6 +97,10 @@ def test_groups_of_neurons_are_not_compared():
     assert torch.isclose(projected_energy(w, p), each)
     total = torch.stack([angle_distortion(o, p[0]) for o in w]).norm()
     assert torch.isclose(angle_distortion(w, p[0]), total)
+    assert torch.isclose(angle_distortion(w, p), (total+angle_distortion(w, p[1]))/2)
+    q = p[0].clone().requires_grad_()
+    q = q+.1*torch.autograd.grad(projected_energy(w, q), q)[0]
+    assert torch.isclose(adversarial_energy(w, p[0], .1), projected_energy(w, q))
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('form', FORMS, ids=str)
@@ -113,7 +118,7 @@ def test_finite_for_degenerate_input(form, dtype):
 
 def test_autocast_does_not_reach_in():
     w,p = randn(30, 40),randn(3, 8, 40, seed=1)
-    for f,a in ((projected_energy, (p,)), (angle_preserving_energy, (p,.1)), (adversarial_energy, (p,.1)), (angle_distortion, (p,))):
+    for f,a in ((projected_energy, (p,)), (angle_preserving_energy, (p,.1)), (adversarial_energy, (p,.1)), (angle_distortion, (p,)), (group_energy, (3,))):
         with torch.autocast('cpu', dtype=torch.bfloat16): e = f(w, *a)
         assert torch.equal(e, f(w, *a))
 
@@ -126,7 +131,7 @@ def test_compiles_in_one_graph(f, args):
 
 W,P = randn(4, 6),randn(2, 3, 6)
 @pytest.mark.parametrize('call,what', [(lambda: projected_energy(W, P[...,:5]), r'\(2, 3, 5\): give \(k,6\)'), (lambda: projected_energy(W[:1], P), r'\(1, 6\).*n>=2'),
-    (lambda: projected_energy(W, P, reduce='sum'), "reduce='sum'"), (lambda: projected_energy(W, P, s=-1.), 's=-1.0'), (lambda: angle_preserving_energy(W, P, -1.), 'lr=-1.0'),
+    (lambda: projected_energy(W, P, reduce='sum'), "reduce='sum'"), (lambda: projected_energy(W, P, s=-1.), 's=-1.0'), (lambda: angle_preserving_energy(W, P, -1.), 'lr=-1.0'), (lambda: angle_preserving_energy(W, P, .1, 'sum'), "reduce='sum'"),
     (lambda: adversarial_energy(W, P, math.nan), 'lr=nan'), (lambda: group_energy(W, 7), 'groups=7'), (lambda: angle_distortion(W[0], P), r'\(6,\)')])
 def test_bad_input_is_refused(call, what):
     with pytest.raises(ValueError, match=what): call()
@@ -310,6 +315,12 @@ def test_groups_of_one_channel(size):
     cb.selected = dict(a=nn.Conv2d(8, 4, size))
     assert cb.n_groups('a', 8*size*size)==8
 
+@pytest.mark.parametrize('n,projected', [(8, False), (9, False), (10, True), (18, True), (19, True)])
+def test_layers_of_one_group_are_not_projected(n, projected):
+    cb = CoMHE('group', k=9)
+    cb.selected,cb.first,cb.last = dict(a=nn.Linear(n, 4)),None,None
+    assert cb.n_groups('a', n)==-(-n//9) and (cb.role('a', n)=='project')==projected
+
 def test_learned_projections_lower_the_energy():
     "What is learned goes the other way than the adversary, and the gradient does not go through the step"
     ends = {}
@@ -348,7 +359,7 @@ def test_expected_is_half_space_with_a_larger_weight():
     cb = CoMHE('expected', k=10)
     fit(learner(Odd(), cb))
     es = cb.energies()
-    for name in 'fg': assert abs(es[name]-expected_energy(getattr(cb.model, name).weight, 10))<1e-5
+    for name in 'bfg': assert abs(es[name]-expected_energy(weight_view(getattr(cb.model, name)), 10))<1e-5
 
 def test_in_a_plain_loop():
     "The network's rate is not known there; all else is the same"
@@ -368,6 +379,10 @@ def test_paper_preset():
     assert cb.share_basis and not CoMHE().share_basis
     cb = CoMHE.paper('angle')
     assert (cb.k, cb.m, cb.redraw, cb.p_steps, cb.unrolled, cb.p_lr, cb.p_wd) == (30, 1, 0, 1, True, None, 1e-3*5e-4)
+    cb = CoMHE.paper('group')
+    assert (cb.k, cb.m, cb.redraw, cb.p_steps, cb.unrolled) == (9, 0, 0, 0, False)
+    cb.learn = SimpleNamespace(opt=SimpleNamespace(hypers=[dict(lr=.1), dict(lr=.2)]))
+    assert cb.rate()==.2, "that of the last group of parameters"
     cb = CoMHE.paper('adversarial')
     assert (cb.k, cb.m, cb.redraw, cb.p_steps, cb.half_space, cb.s) == (30, 1, 0, 10, True, 2.)
 

@@ -58,6 +58,16 @@ def test_measures_of_a_file_hold_neither_the_file_nor_a_matrix():
     assert within(70, MEASURES, FILE, 'silhouette_cosine(x, y), cosine_distance_std(x)')
     assert not within(70, MEASURES, FILE, 'torch.tensor(np.asarray(x))'), "the limit does not hold"
 
+LAYER = MEASURES+'''
+from phantom_nb.measures.clustering import layer_values'''
+
+@linux
+@pytest.mark.processes
+def test_all_measures_of_a_file_take_panels_of_it():
+    "c1 to c4 of the same file; thresholds of units by a sort of all columns at once hold more than the file"
+    assert within(70, LAYER, FILE, 'layer_values(x, y//2, y)')
+    assert not within(70, LAYER, FILE, 'torch.from_numpy(x).kthvalue(len(x)//2, 0)'), "the limit does not hold"
+
 CAPTURE = '''from phantom_nb.measures.capture import capture
 from phantom_nb.models import create_model
 model = create_model('resnet18', n_in=3, n_out=10, size=(32,32), seed=0)

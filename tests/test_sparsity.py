@@ -323,6 +323,11 @@ def test_groups_cut_the_layers_into_thirds():
     cut = [list(target_layers(net, k)) for k in ('early','middle','late')]
     assert cut==[['0','1'], ['2','3','4'], ['5','6']] and list(target_layers(net, 'all'))==list('0123456')
     with pytest.raises(ValueError, match="'middle': only 2"): target_layers(net[:2], 'middle')
+    assert [list(target_layers(net[:n], k)) for n,k in ((2,'early'), (2,'late'), (4,'early'), (4,'late'))]==[['0'], ['1'], ['0'], ['3']]
+
+@pytest.mark.parametrize('kw', [dict(over='x'), dict(target=1.), dict(correlation=-.1), dict(rechoose=1), dict(lam=-1.)], ids=str)
+def test_options_are_refused(kw):
+    with pytest.raises(ValueError, match=next(iter(kw))): TargetedSparsity(**kw)
 
 
 # The penalty
@@ -369,6 +374,14 @@ def test_auto_aims_where_sparsity_rises_fastest():
     cb.history = dict(a=[.1,.1,.1,.2], b=[.5,.4,.3,.6], c=[.2,.1,.9,.1])
     assert [fastest_rising(cb.history, n) for n in (2,3,4)]==[['b'],['b'],['c']]
 
+def test_an_epochs_sparsity_is_that_of_its_own_batches():
+    cb = TargetedSparsity(1., 'auto')
+    cb._names[:] = 'ab'
+    for values,want in (((.1,.3), .2), ((.5,), .5)):
+        cb._epoch.extend(torch.tensor([v,2*v]) for v in values)
+        cb.end_epoch()
+        assert {name:found[-1] for name,found in cb.history.items()}==pytest.approx(dict(a=want, b=2*want))
+
 def test_auto_chooses_every_so_often_and_goes_on_after_loading(tmp_path):
     cb,again = TargetedSparsity(1., 'auto', rechoose=2),TargetedSparsity(1., 'auto', rechoose=2)
     learn = learner(cb, path=tmp_path)
@@ -391,6 +404,7 @@ def test_force_stays_with_the_chosen():
     cb.selected,cb._epoch = target_layers(net),[]
     cb.outputs = {k:(torch.rand(4, 3, 2, 2, requires_grad=True), 1) for k in cb.selected}
     cb.penalty().backward()
+    assert all(rho==0 for _,rho in cb.sparsities().values())
     assert [k for k,(a,dim) in cb.outputs.items() if a.grad is not None]==['stage1.0.relu']
 
 def test_accumulation_keeps_one_penalty_a_batch():

@@ -53,18 +53,18 @@ _BLOCK = 2**20 # numbers in a block
 
 class _Rows:
     "Rows of a layer, or some of them, in blocks; their directions about a centre"
-    def __init__(self, x, index=None, fn=None):
+    def __init__(self, x, index=None, fn=None, width=1):
         self.x = x
         self.index = index
         self.fn = fn # maps a block, such as a ReLU
+        self.step = max(1, _BLOCK//max(width, x.shape[1])) # `width` numbers a row are made of a block
         self.n = len(x) if index is None else len(index)
         self.factors = {} # first row of a block -> 1/length of its rows
 
     def __iter__(self):
         "Yield (slice of the n rows, values (B,U) as float32 or float64)"
-        step = max(1, _BLOCK//self.x.shape[1])
-        for start in range(0, self.n, step):
-            rows = slice(start, min(start+step, self.n))
+        for start in range(0, self.n, self.step):
+            rows = slice(start, min(start+self.step, self.n))
             block = self.x[rows] if self.index is None else self.x[self.index[rows]]
             if block.dtype not in (torch.float32, torch.float64): block = block.float()
             yield rows,block if self.fn is None else self.fn(block)
@@ -111,7 +111,7 @@ def _silhouette_from_products(products, half, own, n, z):
 @_exact
 def _silhouette(x, y, k, **kwargs):
     "Silhouettes (N,) of clusters 0 to k-1, not checked"
-    rows = _Rows(x, **kwargs)
+    rows = _Rows(x, width=k, **kwargs)
     mu = rows.mean_direction(blocks=1) # any centre near the data will do
     sizes = y.bincount(minlength=k)
     sums = mu.new_zeros(k, -(-len(mu)//8)*8)
@@ -122,9 +122,11 @@ def _silhouette(x, y, k, **kwargs):
         sums += torch.zeros_like(sums).index_add_(0, y[part], u)
     means = _finite(sums)/sizes[:,None]
     q_means = mu.new_zeros(k).index_add_(0, y, q)/sizes
-    products = mu.new_zeros(rows.n, k)
-    for part,u,_ in rows.centred(mu): torch.mm(u, means.T, out=products[part])
-    return _silhouette_from_products(products, (q[:,None]+q_means)/2, y, sizes[y], z)
+    out = torch.empty_like(q)
+    for part,u,_ in rows.centred(mu):
+        half,own = (q[part][:,None]+q_means)/2,y[part]
+        out[part] = _silhouette_from_products(u@means.T, half, own, sizes[own], z[part])
+    return out
 
 # %% ../../nbs/measures/clustering.ipynb #5f941a46
 def silhouette_cosine(
@@ -208,14 +210,15 @@ def _hierarchy(x, superclass, subclass):
     "Numbers of superclasses and subclasses (N,), and the superclass of each subclass (K,)"
     supers,s = _codes(superclass, x, 'superclasses')
     subs,c = _codes(subclass, x, 'subclasses')
-    pairs = torch.stack([c,s], 1).unique(dim=0)
-    if len(pairs)>len(subs):
-        twice = subs[pairs[:,0].bincount().argmax()].item()
+    of = torch.zeros_like(subs, dtype=s.dtype).scatter_(0, c, s)
+    elsewhere = c[of[c]!=s]
+    if len(elsewhere):
+        twice = subs[elsewhere.min()].item()
         raise ValueError(f"subclass {twice} lies in more than one superclass: number subclasses so that each has one "
             "(and give superclasses first)")
     if len(subs)==len(supers): raise ValueError(f"no superclass of the {len(supers)} has two subclasses: "
         "give finer labels as subclasses")
-    return s,c,pairs[:,1]
+    return s,c,of
 
 def unit_selectivity(
     a:Tensor, # (N,U) pre-activations of a layer
@@ -262,15 +265,40 @@ def unit_variance_ratio(
     return _mean_std(*own)[1]/(_mean_std(*everything)[1]+1e-7)*_alive(a)
 
 # %% ../../nbs/measures/clustering.ipynb #86925577
+def _two_of_many(x, k):
+    "The k-th smallest value (U,) of each column, from 0, and the next one: byte by byte, by counting in blocks of rows"
+    bits,kind,last = (64,torch.int64,torch.float64) if x.dtype==torch.float64 else (32,torch.int32,torch.float32)
+    top,columns = -2**(bits-1),256*torch.arange(x.shape[1], dtype=kind, device=x.device)
+    key,left = torch.zeros_like(columns),torch.full_like(columns, k, dtype=torch.long)
+    for shift in range(bits-8, -1, -8):
+        counts = 0
+        for _,block in _Rows(x):
+            keys = (block+0.).view(kind) # 0 for -0
+            keys = keys^(keys>>bits-1|top) # bits whose order, without a sign, is that of the numbers
+            places = (keys>>shift&255)+columns
+            if shift<bits-8: places = places[(keys^key)>>shift+8==0] # numbers that begin as the one that is sought
+            counts = counts+places.flatten().bincount(minlength=256*len(columns))
+        counts = counts.view(-1, 256)
+        upto = counts.cumsum(1)
+        byte = (upto<=left[:,None]).sum(1, keepdim=True)
+        equal,below = [c.gather(1, byte)[:,0] for c in (counts, upto-counts)]
+        key,left = key|byte[:,0].to(kind)<<shift,left-below
+    value = torch.where(key<0, key^top, ~key).view(last)
+    above = torch.full_like(value, math.inf)
+    for _,block in _Rows(x): above = torch.minimum(above, torch.where(block>value, block, math.inf).amin(0))
+    return value,torch.where((left+1<equal)|above.isinf(), value, above)
+
 def _percentile(x, p):
     "Percentile `p` of each column, interpolated as numpy does"
-    position = p/100*(len(x)-1)
-    low,width = math.floor(position),max(1, 8*_BLOCK//len(x))
+    n,position = len(x),p/100*(len(x)-1)
+    low,width = math.floor(position),max(256, 8*_BLOCK//n)
     def of_columns(columns):
-        columns = columns.T.contiguous().to(torch.promote_types(columns.dtype, torch.float32))
-        a,b = [columns.kthvalue(min(i, len(x))).values for i in (low+1, low+2)]
+        if columns.numel()>8*_BLOCK: a,b = _two_of_many(columns, low)
+        else:
+            columns = columns.T.contiguous().to(torch.promote_types(columns.dtype, torch.float32))
+            a,b = [columns.kthvalue(min(i, n)).values for i in (low+1, low+2)]
         return a+(b-a)*(position-low)
-    return torch.cat([of_columns(x[:,i:i+width]) for i in range(0, x.shape[1], width)])
+    return torch.cat([of_columns(part) for part in x.split(width, 1)])
 
 def _sparsify(a):
     "Function of a block that keeps live units, standardised, above their threshold; None where all units are dead"
