@@ -93,7 +93,10 @@ BY_LAYER = dict(energy=('is more spread out','is more crowded'), norm=('has smal
 FROM_ROWS = dict(ece='valid_ece', similarity='valid_similarity', margin='valid_margin', energy='net_energy',
     sparsity='net_sparsity', dead='net_dead', c3='net_c3', c4='net_c4', norm='net_norm',
     logit_margin='valid_logit_margin')
-MOST_OF_A_SETTING,FEWEST,FIT,BANDS = 60,20,.9,'bands.json' # rows of a setting; rows of a band; training accuracy; file
+MOST_OF_A_SETTING = 60 # rows that count
+FEWEST = 20 # networks of a band
+FIT = .9 # training accuracy of networks that count, at least
+BANDS = 'bands.json'
 
 def row_quantities(
     df:pd.DataFrame # recorded rows
