@@ -295,8 +295,7 @@ def bench_penalty(
     "Measure what the energies add to a training step at their defaults, forward and backward (ours)."
     device,rows = device_or_default(device),[]
     for name in models:
-        model = create_model(name, 3, 10, 32, seed=0).to(device)
-        model = model.to(memory_format=torch.channels_last) # type: ignore[call-overload]
+        model = create_model(name, 3, 10, 32, seed=0).to(device).to(memory_format=torch.channels_last)
         x,y = _made_up_batch(batch, 10, device)
         def alone(cb):
             def terms():

@@ -208,7 +208,7 @@ def make_learner(
         depth=run.depth, dropout=pieces.dropout, norm=pieces.norm, seed=run.seed, pretrained=run.pretrained)
     dls = loaders_of(run, data, device, model)
     loss_func = pieces.loss_func or QuickCrossEntropy()
-    model = model.to(dls.device, memory_format=torch.channels_last) # type: ignore[call-overload]
+    model = model.to(dls.device).to(memory_format=torch.channels_last)
     cbs = [*callbacks_of(run, model), *pieces.cbs]
     learn = QuickLearner(dls, model, loss_func, optimizer_of(run, pieces), lr=run.lr, wd=pieces.wd, cbs=cbs,
         splitter=param_groups if run.frozen or run.body_lr<1 else params)
