@@ -101,7 +101,7 @@ def draw_margins(
     if 'logit_margin' in d.bands:
         low,high = (d.bands['logit_margin'][LEVELS.index(level)] for level in (5, 95))
         ax.axvspan(low, high, color='.9', zorder=0, label='usual median')
-    ax.axvline(margin.median(), color='.3', ls=':', label='median')
+    ax.axvline(margin.median().item(), color='.3', ls=':', label='median')
     ax.hist(margin[margin>0], bins, label='right')
     ax.hist(margin[margin<=0], bins, label='wrong')
     ax.set(title='Margin of the logits', xlabel='own class minus best other', ylabel='held-out images')

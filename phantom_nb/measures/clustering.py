@@ -271,13 +271,13 @@ def _two_of_many(x, k):
     top,columns = -2**(bits-1),256*torch.arange(x.shape[1], dtype=kind, device=x.device)
     key,left = torch.zeros_like(columns),torch.full_like(columns, k, dtype=torch.long)
     for shift in range(bits-8, -1, -8):
-        counts = 0
+        counts = torch.zeros(256*len(columns), dtype=torch.long, device=x.device)
         for _,block in _Rows(x):
             keys = (block+0.).view(kind) # 0 for -0
             keys = keys^(keys>>bits-1|top) # bits whose order, without a sign, is that of the numbers
             places = (keys>>shift&255)+columns
             if shift<bits-8: places = places[(keys^key)>>shift+8==0] # numbers that begin as the one that is sought
-            counts = counts+places.flatten().bincount(minlength=256*len(columns))
+            counts += places.flatten().bincount(minlength=len(counts))
         counts = counts.view(-1, 256)
         upto = counts.cumsum(1)
         byte = (upto<=left[:,None]).sum(1, keepdim=True)
