@@ -220,10 +220,10 @@ class CoMHE(MHE):
         keys = [self.key(stack) for stack in ws]
         form = Form(self.s, False, self.angular, self.eps)
         gradients = slopes(list(ws.values()), [self.basis[key] for key in keys], form, cs)
-        steps = dict[int|Stack,Any]()
+        steps = dict.fromkeys(keys, 0)
         for key,g in zip(keys, gradients):
             if self.share_basis: g = g.sum(0, keepdim=True)
-            steps[key] = steps.get(key, 0) + sign*self.rate()*g
+            steps[key] = steps[key] + sign*self.rate()*g
         return steps
 
     def advance(self,

@@ -253,12 +253,12 @@ def in_groups(
 )->list: # what `f` gives for each place of the lists
     "Apply a function at once to all small tensors of one shape, the first axis aside; take the result apart (ours)."
     shapes = [(*(x.shape[1:] for x in xs), i*_dear_to_copy(xs[0])) for i,xs in enumerate(zip(*lists), 1)]
-    results = dict[int,Tensor]()
+    results = dict.fromkeys(range(len(shapes)))
     for shape in dict.fromkeys(shapes):
         at = [i for i,other in enumerate(shapes) if other==shape]
         out = f(*[torch.cat([xs[i] for i in at]) if len(at)>1 else xs[at[0]] for xs in lists])
         results |= zip(at, out.split([len(lists[0][i]) for i in at]))
-    return [results[i] for i in range(len(shapes))]
+    return list(results.values())
 
 # %% ../../nbs/regularizers/energy.ipynb #23675cdc
 PADDED = 2**23 # entries of the padded matrices at most
