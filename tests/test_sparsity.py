@@ -352,17 +352,35 @@ def test_no_force_below_the_target():
     learn.fit(1)
     assert learn.targeted_sparsity.to_frame().penalty.max()==0 and learn.targeted_sparsity.to_frame().share.max()==0
 
-def test_inplace_activations_and_what_follows():
+class Cut(nn.Module):
+    "Sets small numbers to zero, in place or not"
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+    def forward(self, x): return x.mul_(x.detach()>.2) if self.inplace else x*(x.detach()>.2)
+
+@pytest.mark.parametrize('layers', [lambda inplace: [nn.ReLU(inplace)], lambda inplace: [nn.GELU(), Cut(inplace)]], ids=['itself','next'])
+def test_inplace_activations_and_what_follows(layers):
     "Same numbers and gradients with and without in-place work around the layers"
     def run(inplace):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace), nn.AdaptiveAvgPool2d(1),
+        net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), *layers(inplace), nn.AdaptiveAvgPool2d(1),
             nn.Flatten(), nn.Linear(6, 10))
-        learn = learner(TargetedSparsity(1., [nn.BatchNorm2d, nn.ReLU]), model=net)
+        learn = learner(TargetedSparsity(1., 'all'), model=net)
         learn.fit(2)
         return learn.targeted_sparsity.to_frame().penalty.tolist(),net[0].weight.detach()
     (p,w),(q,v) = run(True),run(False)
     assert np.allclose(p, q) and torch.allclose(w, v, atol=1e-6)
+
+def test_passes_after_the_prediction_are_not_measured():
+    def first(*cbs):
+        learn = learner(TargetedSparsity(1., 'all'), *cbs, model=create_model('small_cnn', size=8, seed=0))
+        torch.manual_seed(0)
+        learn.fit(1)
+        return learn.targeted_sparsity.to_frame().penalty[0]
+    again = Callback(after_pred=lambda cb: cb.learn.model(torch.zeros_like(cb.x)))
+    again.order = 100
+    assert first()==first(again)>0
 
 def test_shared_relu_in_training():
     cb = TargetedSparsity(1., 'all')

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 
-from phantom_nb.experiments.stats import (Claim, answer, claims, comparison, comparisons, differences, effect_size, holm, lower_is_better, mean_interval,
+from phantom_nb.experiments.stats import (Claim, about, answer, claims, comparison, comparisons, differences, effect_size, holm, lower_is_better, mean_interval,
     paired_difference, smallest_detectable)
 
 @pytest.fixture(autouse=True, scope='module')
@@ -169,6 +169,12 @@ def test_order_and_direction():
     t = comparison(err, metric='error', by='how', baseline='down', higher_is_better=False)
     assert list(t.index)[0]=='down' and t.error.iloc[1:].is_monotonic_increasing
     assert t.verdict['up']==t.verdict['none']=='better' and t['diff']['up']<0 and t.gap['up']==pytest.approx(.1-t.error['up'])
+
+def test_what_a_table_is_about():
+    known = dict(by='method', baseline='none', metric='accuracy', higher_is_better=True)
+    assert about(pd.DataFrame())==known
+    table = comparison(frame().rename(columns=dict(accuracy='loss')), metric='loss', baseline='up')
+    assert about(table)==known | dict(metric='loss', baseline='up', higher_is_better=False)
 
 def test_unfinished_runs_are_left_out_and_counted():
     df = frame(status='done')
