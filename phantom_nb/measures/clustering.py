@@ -271,7 +271,7 @@ def _two_of_many(x, k):
     top,columns = -2**(bits-1),256*torch.arange(x.shape[1], dtype=kind, device=x.device)
     key,left = torch.zeros_like(columns),torch.full_like(columns, k, dtype=torch.long)
     for shift in range(bits-8, -1, -8):
-        counts = 0
+        counts = 0 # (256 U,) how many numbers have which byte here
         for _,block in _Rows(x):
             keys = (block+0.).view(kind) # 0 for -0
             keys = keys^(keys>>bits-1|top) # bits whose order, without a sign, is that of the numbers
