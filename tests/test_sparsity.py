@@ -576,6 +576,27 @@ def test_only_so_many_images_are_measured():
     learn.fit(1)
     assert learn.sparsity_monitor.to_frame().shape[0]==10
 
+def test_streaming_goes_on_from_a_saved_state():
+    "Huge numbers first, whose plain mean over positions overflows"
+    parts = [randn(n, 3, 4, 4, seed=n).tanh()*3e38 for n in (5,7)]
+    first,second,whole = [measure.SparsityMeter() for _ in range(3)]
+    first.add(parts[0])
+    state = first.state_dict()
+    assert {k for k,v in state.items() if isinstance(v, np.ndarray)}==set() and isinstance(state['sums'], torch.Tensor)
+    second.load_state_dict(state)
+    second.add(parts[1])
+    whole.add(torch.cat(parts))
+    assert second.n==12 and second.values()==pytest.approx(whole.values())
+    huge = torch.full((2,1,8), 2e38)
+    assert measure._fast_means(huge)[1].tolist()==huge[:,:,0].tolist()
+
+@pytest.mark.parametrize('n,low,high', [(5, 0, 4), (15, 1, 13)])
+def test_low_and_high_hold_most_of_the_filters(n, low, high):
+    meter = measure.SparsityMeter()
+    meter.add(randn(20, n).relu())
+    found,f = meter.values(),sorted(meter.filters())
+    assert (found['low'],found['high'])==(f[low],f[high])
+
 def test_streaming_of_huge_values():
     a,meter = torch.full((4,2,20,20), 1e38),measure.SparsityMeter()
     a[0] = 0

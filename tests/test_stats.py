@@ -265,6 +265,9 @@ def test_differences_are_paired_in_every_setting_and_pooled_over_complete_seeds(
     assert differences(df, 'a', 'none', pool=True).tolist()==pytest.approx([.1,.15,.2])
     alone = pd.concat([df, frame(dict(none=[.1]*4), data='z', n_train=9)])
     pd.testing.assert_frame_equal(differences(alone, 'a', 'none'), d)
+    unpaired = frame(dict(none=[.1,.1], a=[.2,.2]), data='w', n_train=9)
+    unpaired.loc[unpaired.method=='a','seed'] += 2 # no seed in common
+    pd.testing.assert_frame_equal(differences(pd.concat([df, unpaired]), 'a', 'none'), d)
     for kw,what in ((dict(a='c'), "no rows of 'c'"), (dict(metric='f1'), 'set metric='), (dict(by='model'), 'set by='), (dict(over='size'), 'set over=')):
         with pytest.raises(ValueError, match=what): differences(df, **{**dict(a='a', b='none'), **kw})
     with pytest.raises(ValueError, match='occurs twice'): differences(pd.concat([df, df]), 'a', 'none')
@@ -285,6 +288,7 @@ def test_answers_of_every_kind():
     t = answer(asked)
     assert t.answer.to_dict()==dict(yes='yes', no='no', margin='yes', inside='yes', outside='no', few='unclear', flat='unclear', other='yes', weak='unclear')
     assert t.p[['few','flat']].isna().all() and np.isnan(t.low['other']) and (t.low['weak'],t.high['weak'])==(-1,7) and t.p_holm['weak']==.5
+    assert answer(dict(bound=Claim(3.2, p=1-.95))).answer['bound']=='yes', "the threshold itself is enough"
     assert answer({('a',1):d, ('b',2):d}, names=['claim','n']).index.names==['claim','n']
 
 @pytest.mark.parametrize('make,what', [(lambda: Claim([1.], 'over'), "kind='over'.*: give one of above, below, within"),
