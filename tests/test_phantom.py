@@ -19,6 +19,7 @@ from phantom_nb.experiments.runner import Run, train_run
 from phantom_nb.experiments.tune import search_space
 from phantom_nb.measures.embeddings import embeddings_of
 from phantom_nb.models import create_model
+from phantom_nb.plain import attach
 from phantom_nb.regularizers.phantom import (MODES, ClassQueue, PhantomEmbeddings, class_phantoms, combine_with_phantoms,
     interclass_similarity, phantom_embeddings, phantom_loss)
 from phantom_nb.regularizers.phantoms import members
@@ -245,7 +246,6 @@ def test_any_mixed_batch_is_finite(t, mode):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_mixed_labels_in_a_plain_loop(mode):
-    from phantom_nb.plain import attach
     model,x = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)),torch.randn(6, 4, 4, generator=gen())
     t = shares([0,0,1,1,2,2]).float()
     with attach(model, PhantomEmbeddings(.3, mode=mode)) as penalty:
@@ -554,6 +554,20 @@ def test_a_saved_memory_goes_on_in_the_next_fit_alone(tmp_path):
     for _ in range(2): other.fit(1)
     assert torch.equal(seen[0][0], gen) and all(torch.equal(memory[k], seen[0][1][k]) for k in memory) and seen[1][1] is None
     _learner(PhantomEmbeddings(k=1), path=tmp_path).load('one').fit(1) # no memory, so it is not taken over
+
+def test_a_saved_memory_goes_on_in_a_plain_loop():
+    model,x,y = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)),torch.randn(8, 6, generator=gen()),torch.arange(8)%3
+    first,second = PhantomEmbeddings(queue=2),PhantomEmbeddings(queue=2)
+    with attach(model, first) as penalty:
+        model(x)
+        penalty(y)
+        state = penalty.state_dict()
+        with pytest.raises(ValueError, match='use queue=0 with mixed labels'):
+            model(x)
+            penalty(F.one_hot(y, 3).float())
+    with attach(model, second) as penalty:
+        penalty.load_state_dict(state)
+        assert all(map(torch.equal, first.memory.items(), second.memory.items())) and second.memory.count.sum()==8
 
 def test_a_second_fit_begins_with_an_empty_memory_and_other_draws(tmp_path):
     learn = _learner(PhantomEmbeddings(queue=3, k=1), path=tmp_path)

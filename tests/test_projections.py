@@ -131,7 +131,8 @@ def test_compiles_in_one_graph(f, args):
 
 W,P = randn(4, 6),randn(2, 3, 6)
 @pytest.mark.parametrize('call,what', [(lambda: projected_energy(W, P[...,:5]), r'\(2, 3, 5\): give \(k,6\)'), (lambda: projected_energy(W[:1], P), r'\(1, 6\).*n>=2'),
-    (lambda: projected_energy(W, P, reduce='sum'), "reduce='sum'"), (lambda: projected_energy(W, P, s=-1.), 's=-1.0'), (lambda: angle_preserving_energy(W, P, -1.), 'lr=-1.0'), (lambda: angle_preserving_energy(W, P, .1, 'sum'), "reduce='sum'"),
+    (lambda: projected_energy(W, P, reduce='sum'), "reduce='sum'"), (lambda: projected_energy(W, P, s=-1.), 's=-1.0'), (lambda: angle_preserving_energy(W, P, -1.), 'lr=-1.0'),
+    (lambda: angle_preserving_energy(W, P, .1, 'sum'), "reduce='sum'"),
     (lambda: adversarial_energy(W, P, math.nan), 'lr=nan'), (lambda: group_energy(W, 7), 'groups=7'), (lambda: angle_distortion(W[0], P), r'\(6,\)')])
 def test_bad_input_is_refused(call, what):
     with pytest.raises(ValueError, match=what): call()

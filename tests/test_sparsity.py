@@ -352,17 +352,35 @@ def test_no_force_below_the_target():
     learn.fit(1)
     assert learn.targeted_sparsity.to_frame().penalty.max()==0 and learn.targeted_sparsity.to_frame().share.max()==0
 
-def test_inplace_activations_and_what_follows():
+class Cut(nn.Module):
+    "Sets small numbers to zero, in place or not"
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+    def forward(self, x): return x.mul_(x.detach()>.2) if self.inplace else x*(x.detach()>.2)
+
+@pytest.mark.parametrize('layers', [lambda inplace: [nn.ReLU(inplace)], lambda inplace: [nn.GELU(), Cut(inplace)]], ids=['itself','next'])
+def test_inplace_activations_and_what_follows(layers):
     "Same numbers and gradients with and without in-place work around the layers"
     def run(inplace):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace), nn.AdaptiveAvgPool2d(1),
+        net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), *layers(inplace), nn.AdaptiveAvgPool2d(1),
             nn.Flatten(), nn.Linear(6, 10))
-        learn = learner(TargetedSparsity(1., [nn.BatchNorm2d, nn.ReLU]), model=net)
+        learn = learner(TargetedSparsity(1., 'all'), model=net)
         learn.fit(2)
         return learn.targeted_sparsity.to_frame().penalty.tolist(),net[0].weight.detach()
     (p,w),(q,v) = run(True),run(False)
     assert np.allclose(p, q) and torch.allclose(w, v, atol=1e-6)
+
+def test_passes_after_the_prediction_are_not_measured():
+    def first(*cbs):
+        learn = learner(TargetedSparsity(1., 'all'), *cbs, model=create_model('small_cnn', size=8, seed=0))
+        torch.manual_seed(0)
+        learn.fit(1)
+        return learn.targeted_sparsity.to_frame().penalty[0]
+    again = Callback(after_pred=lambda cb: cb.learn.model(torch.zeros_like(cb.x)))
+    again.order = 100
+    assert first()==first(again)>0
 
 def test_shared_relu_in_training():
     cb = TargetedSparsity(1., 'all')
@@ -557,6 +575,27 @@ def test_only_so_many_images_are_measured():
     learn = learner(SparsityMonitor(images=8))
     learn.fit(1)
     assert learn.sparsity_monitor.to_frame().shape[0]==10
+
+def test_streaming_goes_on_from_a_saved_state():
+    "Huge numbers first, whose plain mean over positions overflows"
+    parts = [randn(n, 3, 4, 4, seed=n).tanh()*3e38 for n in (5,7)]
+    first,second,whole = [measure.SparsityMeter() for _ in range(3)]
+    first.add(parts[0])
+    state = first.state_dict()
+    assert {k for k,v in state.items() if isinstance(v, np.ndarray)}==set() and isinstance(state['sums'], torch.Tensor)
+    second.load_state_dict(state)
+    second.add(parts[1])
+    whole.add(torch.cat(parts))
+    assert second.n==12 and second.values()==pytest.approx(whole.values())
+    huge = torch.full((2,1,8), 2e38)
+    assert measure._fast_means(huge)[1].tolist()==huge[:,:,0].tolist()
+
+@pytest.mark.parametrize('n,low,high', [(5, 0, 4), (15, 1, 13)])
+def test_low_and_high_hold_most_of_the_filters(n, low, high):
+    meter = measure.SparsityMeter()
+    meter.add(randn(20, n).relu())
+    found,f = meter.values(),sorted(meter.filters())
+    assert (found['low'],found['high'])==(f[low],f[high])
 
 def test_streaming_of_huge_values():
     a,meter = torch.full((4,2,20,20), 1e38),measure.SparsityMeter()

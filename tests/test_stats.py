@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 
-from phantom_nb.experiments.stats import (Claim, answer, claims, comparison, comparisons, differences, effect_size, holm, lower_is_better, mean_interval,
+from phantom_nb.experiments.stats import (Claim, about, answer, claims, comparison, comparisons, differences, effect_size, holm, lower_is_better, mean_interval,
     paired_difference, smallest_detectable)
 
 @pytest.fixture(autouse=True, scope='module')
@@ -170,6 +170,12 @@ def test_order_and_direction():
     assert list(t.index)[0]=='down' and t.error.iloc[1:].is_monotonic_increasing
     assert t.verdict['up']==t.verdict['none']=='better' and t['diff']['up']<0 and t.gap['up']==pytest.approx(.1-t.error['up'])
 
+def test_what_a_table_is_about():
+    known = dict(by='method', baseline='none', metric='accuracy', higher_is_better=True)
+    assert about(pd.DataFrame())==known
+    table = comparison(frame().rename(columns=dict(accuracy='loss')), metric='loss', baseline='up')
+    assert about(table)==known | dict(metric='loss', baseline='up', higher_is_better=False)
+
 def test_unfinished_runs_are_left_out_and_counted():
     df = frame(status='done')
     df.loc[(df.method=='up') & (df.seed>2), ['status','accuracy']] = ['diverged',np.nan]
@@ -259,6 +265,9 @@ def test_differences_are_paired_in_every_setting_and_pooled_over_complete_seeds(
     assert differences(df, 'a', 'none', pool=True).tolist()==pytest.approx([.1,.15,.2])
     alone = pd.concat([df, frame(dict(none=[.1]*4), data='z', n_train=9)])
     pd.testing.assert_frame_equal(differences(alone, 'a', 'none'), d)
+    unpaired = frame(dict(none=[.1,.1], a=[.2,.2]), data='w', n_train=9)
+    unpaired.loc[unpaired.method=='a','seed'] += 2 # no seed in common
+    pd.testing.assert_frame_equal(differences(pd.concat([df, unpaired]), 'a', 'none'), d)
     for kw,what in ((dict(a='c'), "no rows of 'c'"), (dict(metric='f1'), 'set metric='), (dict(by='model'), 'set by='), (dict(over='size'), 'set over=')):
         with pytest.raises(ValueError, match=what): differences(df, **{**dict(a='a', b='none'), **kw})
     with pytest.raises(ValueError, match='occurs twice'): differences(pd.concat([df, df]), 'a', 'none')
@@ -279,6 +288,7 @@ def test_answers_of_every_kind():
     t = answer(asked)
     assert t.answer.to_dict()==dict(yes='yes', no='no', margin='yes', inside='yes', outside='no', few='unclear', flat='unclear', other='yes', weak='unclear')
     assert t.p[['few','flat']].isna().all() and np.isnan(t.low['other']) and (t.low['weak'],t.high['weak'])==(-1,7) and t.p_holm['weak']==.5
+    assert answer(dict(bound=Claim(3.2, p=1-.95))).answer['bound']=='yes', "the threshold itself is enough"
     assert answer({('a',1):d, ('b',2):d}, names=['claim','n']).index.names==['claim','n']
 
 @pytest.mark.parametrize('make,what', [(lambda: Claim([1.], 'over'), "kind='over'.*: give one of above, below, within"),

@@ -267,7 +267,8 @@ def unit_variance_ratio(
 # %% ../../nbs/measures/clustering.ipynb #86925577
 def _two_of_many(x, k):
     "The k-th smallest value (U,) of each column, from 0, and the next one: byte by byte, by counting in blocks of rows"
-    bits,kind,last = (64,torch.int64,torch.float64) if x.dtype==torch.float64 else (32,torch.int32,torch.float32)
+    double = x.dtype==torch.float64
+    bits,kind = (64,torch.int64) if double else (32,torch.int32)
     top,columns = -2**(bits-1),256*torch.arange(x.shape[1], dtype=kind, device=x.device)
     key,left = torch.zeros_like(columns),torch.full_like(columns, k, dtype=torch.long)
     for shift in range(bits-8, -1, -8):
@@ -283,7 +284,7 @@ def _two_of_many(x, k):
         byte = (upto<=left[:,None]).sum(1, keepdim=True)
         equal,below = [c.gather(1, byte)[:,0] for c in (counts, upto-counts)]
         key,left = key|byte[:,0].to(kind)<<shift,left-below
-    value = torch.where(key<0, key^top, ~key).view(last)
+    value = torch.where(key<0, key^top, ~key).view(torch.float64 if double else torch.float32)
     above = torch.full_like(value, math.inf)
     for _,block in _Rows(x): above = torch.minimum(above, torch.where(block>value, block, math.inf).amin(0))
     return value,torch.where((left+1<equal)|above.isinf(), value, above)
