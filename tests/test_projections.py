@@ -427,3 +427,21 @@ def test_composes_with_mhe():
         return seen
     a,b,both,swapped,none = [grads(*[c() for c in cs]) for cs in ([partial(CoMHE, k=10)], [MHE], [partial(CoMHE, k=10), MHE], [MHE, partial(CoMHE, k=10)], [])]
     for x,y,z,v,n in zip(a, b, both, swapped, none): assert torch.allclose(x+y-n, z, atol=1e-5) and torch.allclose(z, v, atol=1e-6)
+
+@pytest.mark.parametrize('kind', ['random','angle','adversarial','learned','group','expected'])
+@pytest.mark.parametrize('options', [{}, dict(share_basis=True, unrolled=True)], ids=str)
+def test_channels_last_weights_meet_the_same_projections(kind, options):
+    "Large weights stay as they lie in memory, and energies, gradients and learned projections are those of contiguous ones"
+    if kind in ('group','expected') and options: return
+    gen,found = torch.Generator().manual_seed(0),{}
+    convs = [nn.Conv2d(1, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 5, 1)]
+    for conv in convs: conv.weight.data = torch.randn(conv.weight.shape, generator=gen)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = copy.deepcopy(nn.Sequential(*convs)).to(memory_format=layout)
+        cb = CoMHE(kind, k=6, **(options if kind!='random' else {o:v for o,v in options.items() if o!='unrolled'}))
+        with attach(model, cb):
+            for _ in range(3):
+                cb.steps += 1
+                penalty = cb.penalty()
+        found[layout] = penalty,*torch.autograd.grad(penalty, [conv.weight for conv in model]),*[p for p in cb.basis.values() if p is not None]
+    for a,b in zip(*found.values(), strict=True): assert torch.allclose(a, b, rtol=1e-3, atol=1e-5*b.abs().max().item())

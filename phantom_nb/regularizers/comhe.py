@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from fastcore.basics import store_attr
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..checks import number, one_of, whole
 from ..core import select_layers, weight_view
@@ -24,6 +25,16 @@ DEFAULTS = dict(random=dict(k=40, m=1, redraw=1, steps=0), expected=dict(k=40, m
     group=dict(k=9, m=8, redraw=1, steps=0), angle=dict(k=30, m=1, redraw=0, steps=1),
     adversarial=dict(k=30, m=1, redraw=0, steps=1), learned=dict(k=30, m=1, redraw=0, steps=1))
 ROLES = 'project','half','full','skip'
+
+def _area_inside(module):
+    "Numbers of a channel if its weight has the channels last in memory, else 1"
+    w = module.weight
+    lies = not isinstance(module, _ConvTransposeNd) and w.movedim(1, -1).is_contiguous()
+    return math.prod(w.shape[2:]) if lies else 1
+
+def _reordered(p, area):
+    "Inputs of projections `(...,d)` from channel by channel of `area` numbers to place by place; back by `d/area`"
+    return p.unflatten(-1, (-1,area)).mT.flatten(-2) if 1<area<p.shape[-1] else p
 
 class CoMHE(MHE):
     "Minimise the hyperspherical energy of every layer's projected neurons (Lin 2020, CoMHE)."
@@ -65,7 +76,7 @@ class CoMHE(MHE):
         self.p_steps = whole('steps', steps, at_least=0)
         whole('seed', seed, at_least=0)
         if p_lr is not None: number('p_lr', p_lr, at_least=0, what="None for the network's rate, or a number")
-        self.learns,self.ordered = projection in SLOPES, projection!='expected'
+        self.learns,self.alone = projection in SLOPES, projection=='expected'
         self.per_neurons = whole('per_neurons', per_neurons, at_least=0)
         if per_neurons and (projection in ('expected','group') or share_basis):
             raise ValueError(f"per_neurons={per_neurons!r}: only layers with projections of their own count them")
@@ -207,6 +218,13 @@ class CoMHE(MHE):
         self.make_basis()
         if 'basis' in state: self.basis = {key:p.to(old) for (key,old),p in zip(self.basis.items(), state['basis'])}
 
+    def kernel_area(self,
+        stack:Stack # layers of one shape
+    )->int: # >= 1
+        "Count the numbers of a channel if all weights have channels last and can be left so, else say 1."
+        areas = {_area_inside(self.selected[name]) for name in self.stacks[stack]}
+        return areas.pop() if len(areas)==1 and self.projection!='group' else 1
+
     # The penalty
     def rate(self)->float: # of a step of the projections
         return self.learn.opt.hypers[-1]['lr'] if self.p_lr is None else self.p_lr
@@ -219,9 +237,11 @@ class CoMHE(MHE):
         slopes,sign = SLOPES[self.projection]
         keys = [self.key(stack) for stack in ws]
         form = Form(self.s, False, self.angular, self.eps)
-        gradients = slopes(list(ws.values()), [self.basis[key] for key in keys], form, cs)
+        ps = [_reordered(self.basis[key], self.kernel_area(stack)) for key,stack in zip(keys, ws)]
+        gradients = slopes(list(ws.values()), ps, form, cs)
         steps = dict.fromkeys(keys, 0)
-        for key,g in zip(keys, gradients):
+        for key,stack,g in zip(keys, ws, gradients):
+            g = _reordered(g, g.shape[-1]//self.kernel_area(stack))
             if self.share_basis: g = g.sum(0, keepdim=True)
             steps[key] = steps[key] + sign*self.rate()*g
         return steps
@@ -252,7 +272,7 @@ class CoMHE(MHE):
             return {stack:split_coordinates(w, self._shapes[stack], self.basis[stack]) for stack,w in ws.items()}
         ps = self.basis
         if self.learns and self.unrolled: ps = {key:ps[key]+step for key,step in self.steps_of_basis(ws, cs).items()}
-        return {stack:project(w, ps[self.key(stack)]) for stack,w in ws.items()}
+        return {stack:project(w, _reordered(ps[self.key(stack)], self.kernel_area(stack))) for stack,w in ws.items()}
 
     def is_half(self,
         stack:Stack # layers of one shape
@@ -264,7 +284,7 @@ class CoMHE(MHE):
         advance:bool=False # go on to the projections of the next step first
     )->dict: # Stack -> energies (l,) of its layers
         "Compute the energies of all stacks; those with as many neurons go through together."
-        ws = {stack:_wide(self.stack_weights(names)) for stack,names in self.stacks.items()}
+        ws = {stack:_wide(self.stack_weights(names, self.kernel_area(stack)==1)) for stack,names in self.stacks.items()}
         ys = {stack:w[:,None] for stack,w in ws.items()}
         ys |= self.project_stacks({stack:w for stack,w in ws.items() if stack.role=='project'}, advance)
         form = Form(self.s, False, self.angular, self.eps)

@@ -139,13 +139,12 @@ def _together(w):
     return max(1, (2**18 if w.device.type=='cpu' else 2**26)//size)
 
 # %% ../../nbs/regularizers/energy.ipynb #f0adbc29
-def _panels(x, r, form):
-    "Rows i:j of pair terms, D and g, columns from i on, each (g,j-i,n-i); directions are `r*x`, or `x` without `r`"
-    n,rows = x.shape[1],_rows(x)
+def _panels(w_hat, form):
+    "Rows i:j of the pair terms, of D and of g, with the columns from i on, each (g,j-i,n-i)"
+    n,rows = w_hat.shape[1],_rows(w_hat)
     for i in range(0, n, rows):
         j = min(i+rows, n)
-        g = x[:,i:j]@x[:,i:].mT
-        if r is not None: g.mul_(r[:,i:j]).mul_(r[:,i:].mT)
+        g = w_hat[:,i:j]@w_hat[:,i:].mT
         g.diagonal(dim1=-2, dim2=-1).zero_()
         f,df = _psi(g, form)
         df.diagonal(dim1=-2, dim2=-1).zero_()
@@ -169,34 +168,31 @@ from ..floats import full_float32
 
 # %% ../../nbs/regularizers/energy.ipynb #925bdc54
 def _energy_grad(w, form, grad=True):
-    "Energies `(g,)` of `w (g,n,d)`; and if n<=d a matrix and what it multiplies, else the gradient itself (eq. 4, 7)"
+    "Energies `(g,)` of `w (g,n,d)`; and M `(g,n,n)` with `w_hat` if n<=d, else the gradient `(g,n,d)` (eq. 4, 7)"
     groups,n,d = w.shape
     keep = n<=d
     pairs = n*(2*n-1) if form.half_space else n*(n-1)
-    norms = _norms(w)
-    to = _lengths(norms.to(_wide_type(w)).square(), n, form.eps, w.dtype)
-    as_it_is = keep and w.device.type=='cpu' and norms.dtype==torch.float32 # products of such neurons stay in its range
-    x,r = (w,to.r) if as_it_is else (w*to.r,None)
+    to = directions(w, form.eps)
     total = -n*_psi(w.new_zeros(()), form)[0] # what the zeros on the diagonal of g will add
     rho = torch.zeros_like(to.r)
     pull = 0.
     if grad: out = w.new_empty(groups, n, n) if keep else torch.zeros_like(w)
-    for i,j,f,df,g in _panels(x, r, form):
+    for i,j,f,df,g in _panels(to.w_hat, form):
         total = total + 2*f.sum((1,2)) - f[...,:j-i].sum((1,2))
         if not grad: continue
         if keep: _add_panel(out, rho, df, g, i, j)
-        else: _add_product(out, x, df, i, j)
+        else: _add_product(out, to.w_hat, df, i, j)
     if form.half_space: # every neuron and its own mirror image
         f,pull = _phi(-to.c, form)
         total = total + f.sum((1,2))
     energy = total/pairs
     if not grad: return energy, None, None
-    if not keep: rho = (out*x).sum(-1, keepdim=True)
+    if not keep: rho = (out*to.w_hat).sum(-1, keepdim=True)
     rho = radial_part(rho, to, pull)
     scale = to.r*(2/pairs)
-    if not keep: return energy, torch.addcmul(out, rho, x, value=-1)*scale, None
+    if not keep: return energy, torch.addcmul(out, rho, to.w_hat, value=-1)*scale, None
     out.diagonal(dim1=-2, dim2=-1).copy_(-rho[...,0])
-    return energy, out.mul_(scale) if r is None else out.mul_(scale).mul_(r.mT), x
+    return energy, out.mul_(scale), to.w_hat
 
 # %% ../../nbs/regularizers/energy.ipynb #e378b846
 def _wide(w):
@@ -207,9 +203,8 @@ class _Energy(torch.autograd.Function):
     "Energies `(g,)` of `w (g,n,d)`; the forward pass prepares the gradient, the backward pass multiplies"
     @staticmethod
     def forward(w, form):
-        wide = _wide(w)
-        energy,m,x = _energy_grad(wide, form)
-        return energy, m, w.new_empty(0) if x is None or x is wide else x
+        energy,m,w_hat = _energy_grad(_wide(w), form)
+        return energy, m, w.new_empty(0) if w_hat is None else w_hat
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -221,11 +216,11 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_energy, *_):
         if d_energy is None: return None,None
-        w,m,x = ctx.saved_tensors
+        w,m,w_hat = ctx.saved_tensors
         with full_float32():
-            if torch.is_grad_enabled(): m,x = _energy_grad(_wide(w), ctx.form)[1:] # a second derivative is wanted
+            if torch.is_grad_enabled(): m,w_hat = _energy_grad(_wide(w), ctx.form)[1:] # a second derivative is wanted
             g = m*d_energy[:,None,None] # before the product, where it is smaller
-            if w.shape[1]<=w.shape[2]: g = g@(x if x.numel() else _wide(w))
+            if w.shape[1]<=w.shape[2]: g = g@w_hat
         if w.dtype in (torch.float16, torch.bfloat16):
             largest = torch.finfo(w.dtype).max
             g = g.clamp(-largest, largest)
@@ -370,7 +365,7 @@ class Stack(NamedTuple):
 
 class MHE(Regularizer):
     "Minimise the hyperspherical energy of every layer's neurons (Liu 2018)."
-    ordered = False # cosines do not depend on the order of a neuron's inputs
+    alone = True # nothing but the cosines is needed, so that a large layer can go through by itself
 
     def __init__(self,
         lam:float|Callable=1., # weight >= 0, or an annealer
@@ -408,7 +403,7 @@ class MHE(Regularizer):
         if not self.selected: raise ValueError(f"layers={self.layers!r}: all have one neuron a group, so no pairs")
         self.stacks = {}
         for name,stack in self.sort_layers().items():
-            if not self.ordered and _dear_to_copy(self.selected[name].weight): stack = stack._replace(alone=name)
+            if self.alone and _dear_to_copy(self.selected[name].weight): stack = stack._replace(alone=name)
             self.stacks.setdefault(stack, []).append(name)
 
     def sort_layers(self)->dict: # name -> Stack
@@ -418,10 +413,11 @@ class MHE(Regularizer):
             for name,role in roles.items()}
 
     def stack_weights(self,
-        names:list # of layers of one shape
+        names:list, # of layers of one shape
+        ordered:bool=False # see `weight_view`
     )->Tensor: # (l,g,n,d)
         "Put the weights of a stack on top of each other."
-        ws = [weight_view(self.selected[name], self.ordered)[None] for name in names]
+        ws = [weight_view(self.selected[name], ordered)[None] for name in names]
         return torch.cat(ws) if len(ws)>1 else ws[0]
 
     def group_energies(self,

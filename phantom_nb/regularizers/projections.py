@@ -83,8 +83,7 @@ def expected_of(
 )->Tensor: # (...) expected energies of the projected neurons
     "Map the energy of neurons to the mean of that of their Gaussian projections (eq. 6)."
     pairs,images = n*(n-1),n/4
-    total = n*(2*n-1)*energy - images
-    return (k/(k-3)*total - 2/(k-3)*pairs + images)/(n*(2*n-1))
+    return (k*energy - (2*pairs + 3*images)/(n*(2*n-1)))/(k-3)
 
 def expected_energy(
     w:Tensor, # (n,d) neurons, n >= 2; or (g,n,d), g groups that are not compared with one another
