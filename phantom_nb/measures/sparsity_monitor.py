@@ -9,6 +9,7 @@ __all__ = ['overfit_onset', 'sparsity_alarm', 'loss_alarm', 'judge_alarm', 'heat
 # %% ../../nbs/measures/sparsity_monitor.ipynb #0d01a181
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 from contextlib import AbstractContextManager, contextmanager
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -101,7 +102,7 @@ def loss_curves(
     ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
 
 def plot_record(
-    monitor:'SparsityRecord', # such as `SparsityMonitor`, with a record
+    monitor:Any, # a `SparsityRecord`, such as `SparsityMonitor`
     over:str, # measure to draw
     axs:Sequence # two matplotlib axes
 ):
