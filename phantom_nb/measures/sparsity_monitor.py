@@ -9,8 +9,8 @@ __all__ = ['overfit_onset', 'sparsity_alarm', 'loss_alarm', 'judge_alarm', 'heat
 # %% ../../nbs/measures/sparsity_monitor.ipynb #0d01a181
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.basics import find_bs
