@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import number, one_of, whole
+from ..floats import full_float32
 from .energy import Form, _check_neurons, _energy_grad, _rows, _wide, directions
-from .energy import energies_together, full_float32, hyperspherical_energy, in_groups, radial_part
+from .energy import energies_together, hyperspherical_energy, in_groups, radial_part
 
 # %% ../../nbs/regularizers/projections.ipynb #c27f3293
 def project(
