@@ -129,7 +129,7 @@ def layer_bands(
     if len(df)<FEWEST: return {}
     rows = [(name, depth, value) for layers in df.net_layers for name in BY_LAYER for depth,value in
         zip(layer_depths(len(layers.get(name, []))), layers.get(name, [])) if value is not None]
-    found:dict[str,dict] = {name:{} for name in BY_LAYER}
+    found = dict[str,dict]({name:{} for name in BY_LAYER})
     for (name,depth),part in pd.DataFrame(rows, columns=['name','depth','value']).groupby(['name','depth']):
         if len(part)>=FEWEST: found[name][depth] = _levels(part.value)
     return dict(networks=len(df), settings=_settings(df), **found)
