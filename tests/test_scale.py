@@ -37,13 +37,6 @@ ENERGY = 'from phantom_nb.regularizers.hyperspherical import hyperspherical_ener
 PLAIN = 'from phantom_nb.experiments.bench import plain_energy'
 WEIGHTS = 'w = torch.randn(12_000, 32, requires_grad=True); (w[:64]@w[:64].T).sum().backward()'
 
-@linux
-@pytest.mark.processes
-def test_energy_of_many_neurons_makes_no_matrix_of_pairs():
-    "12,000 neurons: 576 MB for all pairs once"
-    assert within(300, ENERGY, WEIGHTS, 'hyperspherical_energy(w, half_space=True).backward()')
-    assert not within(300, PLAIN, WEIGHTS, 'plain_energy(w).backward()'), "the limit does not hold"
-
 MEASURES = '''import numpy as np
 from phantom_nb.measures.clustering import cosine_distance_std, silhouette_cosine
 from phantom_nb.experiments.scale import samples
@@ -51,22 +44,25 @@ from phantom_nb.experiments import scale
 scale.IN_MEMORY = 0'''
 FILE = "samples(150_000, 128, 10, folder); x = np.memmap(next(Path(folder).glob('*.bin')), 'float32', 'r+', shape=(150_000,128)); y = torch.arange(len(x))%10"
 
-@linux
-@pytest.mark.processes
-def test_measures_of_a_file_hold_neither_the_file_nor_a_matrix():
-    "150,000 samples of 128 features are 77 MB, all pairs 90 GB"
-    assert within(70, MEASURES, FILE, 'silhouette_cosine(x, y), cosine_distance_std(x)')
-    assert not within(70, MEASURES, FILE, 'torch.tensor(np.asarray(x))'), "the limit does not hold"
-
 LAYER = MEASURES+'''
 from phantom_nb.measures.clustering import layer_values'''
 
+BOUNDED = {
+    'energy of 12,000 neurons, whose pairs take 576 MB once': (300, WEIGHTS, (ENERGY, 'hyperspherical_energy(w, half_space=True).backward()'),
+        (PLAIN, 'plain_energy(w).backward()')),
+    'silhouettes and spreads of 150,000 samples of 77 MB in a file, whose pairs take 90 GB': (70, FILE,
+        (MEASURES, 'silhouette_cosine(x, y), cosine_distance_std(x)'), (MEASURES, 'torch.nn.functional.normalize(torch.tensor(np.asarray(x)))')),
+    'c1 to c4 of that file, panel by panel': (70, FILE, (LAYER, 'layer_values(x, y//2, y)'),
+        (LAYER, 'torch.from_numpy(x).kthvalue(len(x)//2, 0)'))}
+
 @linux
 @pytest.mark.processes
-def test_all_measures_of_a_file_take_panels_of_it():
-    "c1 to c4 of the same file; thresholds of units by a sort of all columns at once hold more than the file"
-    assert within(70, LAYER, FILE, 'layer_values(x, y//2, y)')
-    assert not within(70, LAYER, FILE, 'torch.from_numpy(x).kthvalue(len(x)//2, 0)'), "the limit does not hold"
+@pytest.mark.parametrize('case', BOUNDED)
+def test_memory_is_bounded(case):
+    "So many MB are enough for the package's function, and not for the plain one"
+    mb,prepare,ours,plain = BOUNDED[case]
+    assert within(mb, ours[0], prepare, ours[1])
+    assert not within(mb, plain[0], prepare, plain[1]), "the limit does not hold"
 
 CAPTURE = '''from phantom_nb.measures.capture import capture
 from phantom_nb.models import create_model
