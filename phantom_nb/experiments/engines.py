@@ -45,20 +45,24 @@ def _deaf_to_interrupts():
     finally:
         if main: signal.signal(signal.SIGINT, before)
 
-def _kill_workers():
-    "End all workers; a second Ctrl-C in the meantime does not leave half of them running"
-    with _deaf_to_interrupts(): get_reusable_executor().shutdown(wait=False, kill_workers=True)
+@contextmanager
+def _one_interrupt():
+    "Hear the first Ctrl-C, and none of those that follow until the block has ended"
+    def stop(*_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, stop) if main else None
+    try: yield
+    finally:
+        if main: signal.signal(signal.SIGINT, before)
 
-def local_engine(
-    work:Callable, # importable function of an item; takes `device` and `threads` too
-    pairs:list, # (item, {'device':, 'threads':}) each
-    jobs:int, # items at a time, >= 1
-    retries:int # times that a killed pool is set up again, >= 0
-)->Generator: # the results, in the order in which they come in
-    "Work in processes of this machine, or in this one if `jobs` is 1 (joblib)."
-    if jobs==1:
-        for item,where in pairs: yield work(item, **where)
-        return
+def _kill_workers():
+    "End all workers"
+    with _deaf_to_interrupts(): get_reusable_executor(kill_workers=True).shutdown(wait=False, kill_workers=True)
+
+def _in_processes(work, pairs, jobs, retries):
+    "Results of items in joblib's processes, set up again when one is killed"
     todo = dict(enumerate(pairs))
     for left in range(retries, -1, -1):
         tasks = [joblib.delayed(_call_numbered)(i, work, *pair) for i,pair in todo.items()]
@@ -74,6 +78,18 @@ def local_engine(
         except BaseException: # Ctrl-C, an error, or a caller that stops
             _kill_workers()
             raise
+
+def local_engine(
+    work:Callable, # importable function of an item; takes `device` and `threads` too
+    pairs:list, # (item, {'device':, 'threads':}) each
+    jobs:int, # items at a time, >= 1
+    retries:int # times that a killed pool is set up again, >= 0
+)->Generator: # the results, in the order in which they come in
+    "Work in processes of this machine, or in this one if `jobs` is 1 (joblib)."
+    if jobs==1:
+        for item,where in pairs: yield work(item, **where)
+        return
+    with _one_interrupt(): yield from _in_processes(work, pairs, jobs, retries)
 
 # %% ../../nbs/experiments/engines.ipynb #9c2fc877
 def ray_engine(
