@@ -86,6 +86,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'phantom_nb/contract.py'),
                                      'phantom_nb.contract._loss_is_data': ('contract.html#_loss_is_data', 'phantom_nb/contract.py'),
                                      'phantom_nb.contract._n_hooks': ('contract.html#_n_hooks', 'phantom_nb/contract.py'),
+                                     'phantom_nb.contract._no_messages': ('contract.html#_no_messages', 'phantom_nb/contract.py'),
                                      'phantom_nb.contract._refuses': ('contract.html#_refuses', 'phantom_nb/contract.py'),
                                      'phantom_nb.contract._resumes': ('contract.html#_resumes', 'phantom_nb/contract.py'),
                                      'phantom_nb.contract._same': ('contract.html#_same', 'phantom_nb/contract.py'),

@@ -6,8 +6,9 @@
 __all__ = ['PROMISES', 'WORDS', 'check_regularizer']
 
 # %% ../nbs/contract.ipynb #a9188fe1
-import math, pickle, tempfile, warnings
+import logging, math, pickle, tempfile, warnings
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from functools import partial
 
 import pandas as pd, torch
@@ -187,12 +188,21 @@ def _fits_or_refuses(make, toy, mix):
         assert len(str(e))>20, f"{mix.__name__}: refused without a sentence that says what to do: {e}"
     else: _is_sound(learn, mix.__name__)
 
+@contextmanager
+def _no_messages():
+    "Leave out what an export says of every regularizer: that it stays behind"
+    logger = logging.getLogger('phantom_nb')
+    said,logger.disabled = logger.disabled,True
+    try: yield
+    finally: logger.disabled = said
+
 def _exports(learn, x):
     "The exported learner predicts the same, and its callbacks need no package"
-    learn.export('learner.pkl')
+    with _no_messages(): learn.export('learner.pkl')
     loaded = load_learner(learn.path/'learner.pkl')
     assert torch.equal(loaded.model.eval()(x), learn.model.eval()(x)), "the exported learner predicts something else"
-    exported = [type(pickle.loads(pickle.dumps(cb))) for cb in learn.cbs if isinstance(cb, TrainingCallback)]
+    with _no_messages(): exported = [type(pickle.loads(pickle.dumps(cb))) for cb in learn.cbs
+        if isinstance(cb, TrainingCallback)]
     assert set(exported)=={Callback}, "the exported learner needs this class to be opened"
 
 def _lives_with_fastai(make, toy):

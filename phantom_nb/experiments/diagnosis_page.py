@@ -192,11 +192,11 @@ def panels_of(
     return {name:draw for name,draw in PANELS.items() if there.get(name, True) and name not in silent}
 
 def plot_diagnosis(
-    d:Diagnosis # measured
+    d:Diagnosis, # measured
+    columns:int=3 # panels side by side, 1 or more
 )->Figure: # all panels
     "Draw all panels in one figure (ours)."
     panels = panels_of(d)
-    columns = 3
     rows = -(-len(panels)//columns)
     house_style()
     fig,axs = plt.subplots(rows, columns, figsize=(3.6*columns, 3.1*rows), squeeze=False)

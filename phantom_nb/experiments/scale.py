@@ -194,22 +194,21 @@ AXES = dict(n='neurons, samples or rows n', d='features d', c='classes C', b='ba
 
 def plot_scale(
     df:pd.DataFrame # as `bench_scale` gives
-)->plt.Figure: # a column an axis; time with its limit above, memory below
+)->plt.Figure: # a row an axis; time with its limit on the left, memory on the right
     "Draw time and memory against each size; the limit of the machine is dashed."
     axes = [axis for axis in AXES if axis in set(df.axis)]
-    fig,axs = plt.subplots(2, len(axes), figsize=(3.1*len(axes),5.2), sharex='col', sharey='row', squeeze=False,
+    fig,axs = plt.subplots(len(axes), 2, figsize=(7.2,2.3*len(axes)), sharex='row', sharey='col', squeeze=False,
         layout='constrained')
     colours = {what:f'C{i}' for i,what in enumerate(dict.fromkeys(df.what))}
-    for (above,below),axis in zip(axs.T, axes):
+    for (left,right),axis in zip(axs, axes):
         for what,part in df[df.axis==axis].groupby('what', sort=False):
             part = part.sort_values(axis)
-            above.plot(part[axis], part.seconds, 'o-', ms=3, color=colours[what], label=what)
-            above.plot(part[axis], part.least, '--', lw=1, color=colours[what])
-            below.plot(part[axis], part.mb.clip(lower=.1), 'o-', ms=3, color=colours[what])
-        below.set(xlabel=AXES[axis], xscale='log', yscale='log')
-        above.set(yscale='log')
-    axs[0,0].set(ylabel='seconds (dashed: the least)')
-    axs[1,0].set(ylabel='memory above what was there, MB')
-    handles = {label:h for ax in axs[0] for h,label in zip(*ax.get_legend_handles_labels())}
+            left.plot(part[axis], part.seconds, 'o-', ms=3, color=colours[what], label=what)
+            left.plot(part[axis], part.least, '--', lw=1, color=colours[what])
+            right.plot(part[axis], part.mb.clip(lower=.1), 'o-', ms=3, color=colours[what])
+        for ax in (left,right): ax.set(xlabel=AXES[axis], xscale='log', yscale='log')
+    axs[0,0].set_title('seconds (dashed: the least)')
+    axs[0,1].set_title('memory above what was there (MB)')
+    handles = {label:h for ax in axs[:,0] for h,label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles, loc='outside upper center', ncols=len(handles))
     return fig
