@@ -29,7 +29,7 @@ TESTS = { # test files of a module
     'measures.embeddings':'embeddings numbers', 'measures.sparsity':'sparsity numbers',
     'measures.sharpness':'sharpness numbers',
     'measures.ranking':'ranking', 'measures.capture':'capture', 'measures.intraclass':'intraclass',
-    'measures.sparsity_monitor':'sparsity', 'experiments.stats':'stats', 'core':'core', 'kinds':'flatness',
+    'measures.sparsity_monitor':'sparsity', 'experiments.stats':'stats', 'core':'core training plain', 'hooks':'hooks capture', 'kinds':'flatness semantic norms',
     'contract':'core'}
 # what these draw is judged by eye
 PICTURES = ('plot', 'heat_map', 'loss_curves', 'redraw', '_report_figure', '_axis_label')

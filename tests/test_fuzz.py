@@ -40,17 +40,25 @@ SWEEP = {'--engine':{'{}':"engine='{}'"}, '--jobs':WHOLE, '--time-budget':COMPAR
 RESULTS = {'--export':{'{}':"'{}': give a file name that ends in", '../file/x.csv':'is a file'}, '--plot':{'{}.gif':"'{}.gif'", '../file/x.png':'is a file'}, '--where':{'{}':"--where '{}'"},
     '--{}':{'':"option='--{}'"}}
 MEASURE = {'--n':WHOLE | {'0':'n=0'}, '--size':WHOLE, '--data':COMPARE['--data'], '--plot':{'{}.gif':"'{}.gif'", '{}/x.png':'the folder does not exist'}, '--root':COMPARE['--root']}
-COMMANDS = dict(compare=([], {}, COMPARE), sweep=(['gone.toml'], {'gone.toml does not exist'}, SWEEP), results=(['gone'], {'gone does not exist'}, RESULTS),
+REPORT = {'--n-train':WHOLE, '--size':WHOLE, '--data':COMPARE['--data'], '--root':COMPARE['--root'], '--{}':{'':"option='--{}'"},
+    '--out':{'{}.pdf':"'{}.pdf'", '{}':"'{}'", '../file/x.html':'is a file'}}
+NUMBER = {'{}':'give a number', 'nan':'=nan', 'inf':'=inf', '-1':'=-1'}
+SUGGEST = {'--classes':WHOLE | {'1':'classes=1'}, '--per-class':NUMBER | {'0':'per_class=0'}, '--wrong-labels':NUMBER | {'1':'wrong_labels=1'},
+    '--imbalance':NUMBER | {'.5':'imbalance=0.5'}, '--pretrained=yes':{'':'give --pretrained alone'}, '--{}':{'':"option='--{}'"}}
+GPU = {'--out':{'../file':'is a file', '/dev/null/{}':'is a file'}, '--listed=yes':{'':'give --listed alone'}, '--{}':{'':"option='--{}'"}}
+COMMANDS = dict(suggest=([], {}, SUGGEST), report=(['gone.pkl'], {"no learner at 'gone.pkl'"}, REPORT), gpu=(['tests3'], {"piece='tests3'"}, GPU), compare=([], {}, COMPARE), sweep=(['gone.toml'], {'gone.toml does not exist'}, SWEEP), results=(['gone'], {'gone does not exist'}, RESULTS),
     measure=(['gone.pkl'], {"no learner at 'gone.pkl'"}, MEASURE), bench=(['speed'], {"benchmark='speed'"}, {'--out':{'../file':'is a file'}, '--{}':{'':"option='--{}'"}}),
     data=(['mnist3'], {"data='mnist3'"}, {'--root':COMPARE['--root'], '--{}':{'':"option='--{}'"}}))
 
 def wrong_command(rng):
     "A command line with one to four things wrong, and the words that must be said"
-    name = rng.choice(list(COMMANDS)) if rng.random()<.5 else 'compare'
+    name = rng.choice(list(COMMANDS)) if rng.random()<.7 else 'compare'
     places,words,table = COMMANDS[name]
     args,said = list(places),set(words)
     n = min(rng.randint(0 if places else 1, 4), len(table))
-    for option in rng.sample(list(table), n):
+    chosen = rng.sample(list(table), n)
+    if name=='suggest': said |= {f'{option} is missing' for option in ('--classes','--per-class') if option not in chosen}
+    for option in chosen:
         made = junk(rng)
         value,what = rng.choice(list(table[option].items()))
         option = option.format(made)
@@ -59,7 +67,7 @@ def wrong_command(rng):
         args += [f'{option}={value}'] if rng.random()<.5 and value else [option, value] if value else [option]
     return [name, *args], said
 
-@pytest.mark.parametrize('seed', range(25))
+@pytest.mark.parametrize('seed', range(35))
 def test_wrong_command_lines(seed, folder, capsys):
     rng = random.Random(seed)
     for _ in range(10):
@@ -120,9 +128,10 @@ def test_files_that_are_no_experiments(content, folder, capsys):
     refused(['results', 'rows.jsonl'], folder, capsys)
     Path('learner.pkl').write_bytes(content)
     refused(['measure', 'learner.pkl'], folder, capsys)
+    refused(['report', 'learner.pkl'], folder, capsys)
 
 @pytest.mark.parametrize('args', [['results','.'], ['sweep','.'], ['measure','.'], ['data','--root','/dev/null'], ['bench'], ['sweep'], ['measure','x','y'], ['compar'], ['--verbose'], ['compare','digits'],
-    ['compare','-n','5'], ['compare','--pretrained=yes'], ['compare','--seeds'], ['gpu','nothing'], ['compare','--out','/dev/null/x']], ids=str)
+    ['compare','-n','5'], ['compare','--pretrained=yes'], ['compare','--seeds'], ['gpu','nothing'], ['report'], ['report','.'], ['report','x','y'], ['suggest'], ['suggest','3'], ['suggest','--classes','3'], ['compare','--out','/dev/null/x']], ids=str)
 def test_other_slips(args, folder, capsys): refused(args, folder, capsys)
 
 def test_a_folder_that_cannot_be_written_is_named(folder, capsys, monkeypatch):
