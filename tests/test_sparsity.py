@@ -633,3 +633,16 @@ def test_the_table_of_methods_has_every_option_and_either_half():
         assert (cb.lam(.49), cb.lam(.5))==expected
     with pytest.raises(ValueError, match="during='third'"): make_method('targeted_sparsity', during='third')
     with pytest.raises(ValueError, match='lam=-1'): make_method('targeted_sparsity', lam=-1, during='first')
+
+def test_what_is_smaller_than_its_square_can_say_counts_as_nothing():
+    "In float64 that is the root of the smallest number, not the number itself"
+    tiny = torch.finfo(torch.float64).tiny
+    for power,n in ((.6, 1), (.4, 4)): assert measure.perplexity(torch.full((4,), tiny**power, dtype=torch.float64))==n
+
+def test_a_channel_that_varies_by_less_than_float32_can_say_is_constant():
+    z = randn(64, 2).double()
+    constant = torch.full((64,2), 3., dtype=torch.float64)+1e-9*z[:,:1]
+    meter,alone = measure.SparsityMeter(),measure.SparsityMeter()
+    meter.add(torch.cat([z, constant], 1))
+    alone.add(z)
+    assert meter.correlation()==pytest.approx(alone.correlation(), rel=1e-6)
