@@ -11,7 +11,7 @@ __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', '
            'data_command', 'bench', 'measure', 'suggest', 'report', 'gpu', 'main']
 
 # %% ../nbs/cli.ipynb #3b88872f
-import inspect, os, re, sys, warnings
+import inspect, os, re, signal, sys, warnings
 from itertools import starmap
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args
@@ -59,7 +59,8 @@ Model = Annotated[str, _option(f"Network: {_names(MODEL_NAMES)}, or timm:NAME, t
 Pretrained = Annotated[bool, _option("Begin with the library's weights; "
     "the head is trained alone for the first epoch.")]
 Augment = Annotated[str, _option("auto, none, crop, resized or full. Default: none; auto for a folder.")]
-Size = Annotated[int|None, _option("Side of the images in pixels. Default: the data's own.")]
+Size = Annotated[int|None, _option("Side of the images in pixels. Default: the data's own; "
+    "for a learner that was trained on a folder, that of its images.")]
 Lr = Annotated[float|None, _option("Highest learning rate. Default: 0.01; 0.002 with --pretrained.")]
 Precision = Annotated[str, _option("float32, bf16, or auto: what a few timed steps show to be faster.")]
 Out = Annotated[Path|None, _option("Folder for the results. Default: compare/DATA-N_TRAIN.")]
@@ -176,6 +177,11 @@ def _wide_console():
     console = Console()
     return console if console.is_terminal or 'COLUMNS' in os.environ else Console(width=140)
 
+def _stopped():
+    "Exit code of an interrupted command, which shows what is there before it ends, whatever is pressed meanwhile"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return 130
+
 class _Watch:
     "Tell about every run as it comes in"
     def __init__(self, n, console, runs):
@@ -288,7 +294,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     code = 0
     with _Watch(len(runs), console, runs) as watch:
         try: runner.run_many(runs, jobs=jobs, time_budget=budget, store=out/'runs', root=root, on_row=watch)
-        except KeyboardInterrupt: code = 130
+        except KeyboardInterrupt: code = _stopped()
     show_comparison(runs, out, console)
     _write_page(console, runs, out/'runs', out/'comparison.html')
     if advice: advice(runs, out)
@@ -377,7 +383,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
         check(_check_root, root)
         check(_check_folder, 'out', out or Path('sweeps'))
     from phantom_nb.experiments import plan
-    from phantom_nb.experiments.report import show_results
+    from phantom_nb.experiments.report import run_rows, show_results
     from phantom_nb.experiments.runner import load_results, make_learner, settle_precision
     console,code = _wide_console(),0
     for part in experiment.parts:
@@ -389,10 +395,11 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     todo = n + sum(n_studies(part) for part in experiment.parts if part.tune)
     with _Watch(todo, console, settle_precision(experiment.runs, out/'runs', root)) as watch:
         try: run_sweep(experiment, out, budget, root, watch, watch.study, engine=engine, jobs=jobs, address=address)
-        except KeyboardInterrupt: code = 130
+        except KeyboardInterrupt: code = _stopped()
     df = load_results(out/'results.jsonl') if (out/'results.jsonl').exists() else None
     there = 0 if df is None else len(df)
-    if df is not None and there: show_results(df, console, metric='accuracy' if 'accuracy' in df else 'valid_accuracy')
+    metric = 'valid_accuracy' if df is None or 'accuracy' not in df else 'accuracy'
+    if df is not None and there: show_results(df, console, metric=metric, planned=run_rows(experiment.runs))
     if sentence := _others_words(out, df): _say(console, sentence)
     if there<n: _say(console, f"{there} of {plan.counted(n, 'run')} are in. The same command goes on from here.")
     if there: _say(console, f"Rows: {out/'results.jsonl'}")
@@ -411,7 +418,8 @@ def _others_words(out, df):
 Recorded = Annotated[Path, _argument("Folder of a sweep or comparison or of .jsonl files, or one such file.")]
 Where = Annotated[list[str]|None, _option("Keep rows with column=value; may be repeated.")]
 Over = Annotated[str|None, _option("Comma-separated columns that tell comparisons apart. Default: what varies.")]
-Metric = Annotated[str, _option("What is compared: accuracy, or a loss such as loss or train_loss.")]
+Metric = Annotated[str|None, _option("What is compared: accuracy, or a loss such as loss or train_loss. "
+    "Default: accuracy; valid_accuracy where no run was judged on test images.")]
 Lower = Annotated[bool|None, _option("Whether low values of the metric are better. "
     "Default: known for losses, similarity, gap and the like.")]
 Baseline = Annotated[str, _option("What the others are compared with.")]
@@ -424,7 +432,7 @@ def _check_suffix(path, suffixes):
         raise ValueError(f"{str(path)!r}: give a file name that ends in {', '.join(suffixes)}")
 
 @app.command()
-def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accuracy', lower_is_better:Lower=None,
+def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric=None, lower_is_better:Lower=None,
     baseline:Baseline='none', export:Export=None, plot:Plot=None):
     "Show, filter, export and draw recorded runs."
     with _checks() as check:
@@ -445,7 +453,8 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric='accu
     with Refusals() as check:
         if not len(df): raise ValueError(f"no runs in {path}")
         for column in columns or []: check(one_of, 'over', column, df)
-        check(one_of, 'metric', metric, [*df.select_dtypes('number')])
+        metric = metric or ('accuracy' if 'accuracy' in df else 'valid_accuracy')
+        check(one_of, '--metric', metric, [*df.select_dtypes('number')])
         df = check(filter_rows, df, where)
         if df is not None and not len(df): check.refuse(f"no runs in {path} with {' and '.join(where or [])}")
         elif df is not None and baseline!='none':
@@ -544,7 +553,7 @@ def suggest(classes:Classes=None, per_class:PerClass=None, pretrained:Pretrained
     mine = dict(classes=classes, per_class=per_class)
     with _checks() as check:
         for name,value in mine.items():
-            if value is None: check.refuse(f"--{name.replace('_', '-')} is missing: give it, such as 10")
+            if value is None: check.refuse(f"--{name.replace('_', '-')}: give a number, such as 10")
         told = {name:2 if value is None else value for name,value in mine.items()}
         setting = check(Setting, **told, pretrained=pretrained, wrong_labels=wrong_labels, imbalance=imbalance)
     _wide_console().print(suggested(setting), highlight=False, markup=False, soft_wrap=True)
@@ -552,7 +561,7 @@ def suggest(classes:Classes=None, per_class:PerClass=None, pretrained:Pretrained
 # %% ../nbs/cli.ipynb #ef690608
 Page = Annotated[Path|None, _option("The page (.html); a picture (.png) is written beside it. "
     "Default: LEARNER.html beside the learner.")]
-Trained = Annotated[int|None, _option("Images that it was trained on. Default: all training images of the data.")]
+Trained = Annotated[int|None, _option("Images that it was trained on. Default: as many as the learner says it was.")]
 
 @app.command()
 def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=None, out:Page=None, root:Root=None):
@@ -569,7 +578,7 @@ def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=No
     from phantom_nb.data import get_dls, load_dataset
     from phantom_nb.experiments.diagnose import diagnose
     from phantom_nb.experiments.diagnosis_page import save_diagnosis
-    from phantom_nb.experiments.learner import loaders_for, open_learner
+    from phantom_nb.experiments.learner import loaders_for, open_learner, trained_on
     learn,console = open_learner(learner),_wide_console()
     dls = loaders_for(learn, data, n_train, root, size)
     images = load_dataset(data, root, size=dls.train_ds.x.shape[-1])
@@ -578,7 +587,8 @@ def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=No
     held = dls.valid if own else dls.test
     if not len(held.dataset):
         raise ValueError(f"{data} has no images but training images: add a folder test/ or valid/")
-    found = diagnose(learn, dls.train, held, n_train=n_train or len(images.x_train), title=f"{learner.name} on {data}")
+    n_train = n_train or trained_on(learn, len(images.x_train))
+    found = diagnose(learn, dls.train, held, n_train=n_train, title=f"{learner.name} on {data}")
     page,picture = save_diagnosis(found, out)
     _say(console, f"Held-out images: {'validation' if own else 'test'} images of {data}. Do not choose between "
         "networks on them.")

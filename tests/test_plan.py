@@ -175,7 +175,7 @@ def test_the_answer_shows_its_validation_numbers_and_the_time_that_was_understoo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     code,out,_ = compare(capsys, '--data', './photos', '--methods', 'dropout', '--seeds', '3', '--time-budget', '1800')
-    assert 'of the 30 min given' in out and '(others with every seed)' in out
+    assert 'of the 30 min given' in out and '(every seed parts them anew)' in out
     last = out.splitlines()[-1]
     assert 'on the validation images' in last.lower() or 'chosen on validation images' in last.lower()
     assert re.search(r'[\d.]+ % against [\d.]+ % of plain training', last), last

@@ -47,8 +47,9 @@ class ImageSet(GetAttr):
         info:ImageData, # names and statistics; its images are dropped
         fine:Tensor|None=None, # (N,) int64 classes, if the labels are superclasses
         clean:Tensor|None=None, # (N,) int64 true labels, if some of `y` are wrong on purpose
+        n_seen:int|None=None, # images of the set that this empty one was made from
     ):
-        self.x,self.y,self.fine,self.clean = x,y,fine,clean
+        self.x,self.y,self.fine,self.clean,self.n_seen = x,y,fine,clean,n_seen
         self.info,self.loss_func = info.empty(),CrossEntropyLossFlat()
         self.vocab,self.c = CategoryMap(info.classes, sort=False),len(info.classes)
         self.shift,self.scale = (stat.to(x.device)[:,None,None]*255 for stat in (info.mean, info.std))
@@ -71,7 +72,7 @@ class ImageSet(GetAttr):
 
     def new_empty(self)->'ImageSet': # without images
         "Copy everything but the images (fastai)."
-        return self._with(self.x[:0].clone(), torch.zeros(0, dtype=torch.long))
+        return self._with(self.x[:0].clone(), torch.zeros(0, dtype=torch.long), n_seen=len(self))
 
     def coarsened(self)->'ImageSet': # the same images
         "Replace the labels by their superclasses and keep them in `fine` (ours)."

@@ -55,7 +55,7 @@ def _moved(df, baseline):
     "A finding for each quantity that methods are shown to change"
     for name,part in moved_quantities(df, baseline).query('shown').groupby('quantity', sort=False):
         part = part.sort_values('diff', key=abs, ascending=False)
-        told = ', '.join(f"{row.method} to {row.mean:.3g}" for row in part.head(4).itertuples())
+        told = ', '.join(f"{row.method} ({row.diff:+.2g})" for row in part.head(4).itertuples())
         advice = 'A temperature mends it as well, at no cost.' if name=='ece' else ''
         plain = f"{part.plain.iloc[0]:.3g} in plain training"
         yield Finding('see', f"{_sentence_start(name)}, {plain}, is changed by {told}.", advice)
@@ -70,22 +70,24 @@ def _ground(df, baseline):
     "Findings on plain training: does it fit, and is it usual?"
     plain = df[df.method==baseline]
     if not len(plain) or 'train_accuracy' not in plain: return
-    fits,gap = 100*plain.train_accuracy.mean(), 100*row_quantities(plain).gap.mean()
+    held = plain.get('accuracy', plain.get('valid_accuracy', np.nan))
+    fits,gap = 100*plain.train_accuracy.mean(), 100*(plain.train_accuracy-held).mean()
     told = f"Plain training is right on {fits:.1f} % of its training images"
     if fits<90:
         yield Finding('do', f"{told}.", "Train longer first: this compares how fast methods learn, not how well they "
             "generalize.")
         return
     if np.isfinite(gap):
-        yield Finding('well', f"{told}, and {gap:.1f} points less on held-out ones: that is what there is to gain.")
+        yield Finding('well', f"{told}, and {gap:.1f} points less on {'test' if 'accuracy' in plain else 'validation'} "
+            "images: that is what there is to gain.")
     known = 'params' in plain and plain[['n_train','params']].notna().all(axis=None)
     bands = load_bands(int(plain.n_train.iloc[0]), int(plain.params.iloc[0])) if known else {}
     for name,value in row_quantities(plain).mean().items():
         if name in ('gap','ece','norm') or name not in bands or not np.isfinite(value): continue
         if 5<=percentile_in(bands[name], value)<=95: continue
         low,high = (bands[name][LEVELS.index(level)] for level in (5, 95))
-        yield Finding('see', f"{_sentence_start(name)} is {value:.3g} in plain training; nine in ten recorded networks "
-            f"have {low:.3g} to {high:.3g}.")
+        yield Finding('see', f"{_sentence_start(name)} is {value:.4g} in plain training; nine in ten recorded networks "
+            f"have {low:.4g} to {high:.4g}.")
 
 def judge_comparison(
     df:pd.DataFrame, # recorded runs of one setting
@@ -169,7 +171,7 @@ def comparison_html(
     return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f'<title>{title}</title><style>{STYLE}</style></head><body><main><h1>{title}</h1>{sections}'
-        '<p>Intervals are 95 %, paired by seed, corrected over the methods of a setting (Holm).</p>'
+        '<p>Intervals are 95 %, paired by seed, one by one; verdicts hold for all methods of a setting together (Holm).</p>'
         '</main></body></html>')
 
 def save_comparison(

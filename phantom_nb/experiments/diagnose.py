@@ -395,15 +395,23 @@ def onset_of(
     "Find the epoch after which a network over-fits (ours)."
     if len(d.curves)<5 or 'valid_loss' not in d.curves: return None
     loss = d.curves.valid_loss.astype(float).to_numpy()
-    return overfit_onset(loss) if np.isfinite(loss).any() else None
+    onset = overfit_onset(loss) if np.isfinite(loss).any() else None
+    if onset is None: return None
+    lowest,end = _around(loss, onset)
+    return onset if end>1.05*lowest else None # a bump that is over by the end is not for good
+
+def _around(loss, onset):
+    "Means of five epochs around the lowest loss, and of the last three"
+    return loss[max(0, onset-2):onset+3].mean(), loss[-3:].mean()
 
 def _curved(d):
     "When did over-fitting begin?"
     if len(d.curves)<5 or not np.isfinite(np.asarray(d.curves.valid_loss, float)).any(): return None
     loss,onset = d.curves.valid_loss.astype(float).to_numpy(),onset_of(d)
-    if onset is None: return Finding('well', f"The validation loss did not rise in {len(loss)} epochs.")
-    return Finding('see', f"Smoothed over five epochs, the validation loss is lowest at epoch {onset+1} of {len(loss)} "
-        f"({loss[onset]:.2f} there); it ends at {loss[-1]:.2f}.",
+    if onset is None: return Finding('well', f"The validation loss did not rise for good in {len(loss)} epochs.")
+    lowest,end = _around(loss, onset)
+    return Finding('see', f"Smoothed over some epochs, the validation loss is lowest at epoch {onset+1} of {len(loss)} "
+        f"({lowest:.2f} there); it ends at {end:.2f}.",
         "If accuracy has not fallen since, that is too much sureness, which the temperature mends; if it has, train "
         "fewer epochs.")
 

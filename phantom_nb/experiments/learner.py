@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'REMEDY_FILE', 'REMEDY_DATA', 'schedule_of
            'StopAtNaN', 'StopAtLoss', 'FreezeFirst', 'load_data', 'hold_out', 'loaders_of', 'QuickLearner',
            'QuickCrossEntropy', 'make_learner', 'optimizer_of', 'callbacks_of', 'ScaledSchedule', 'step_seconds',
            'faster_precision', 'evaluate', 'judge', 'measure_learner', 'commit', 'provenance', 'open_learner',
-           'outputs_for', 'loaders_for']
+           'outputs_for', 'trained_on', 'loaders_for']
 
 # %% ../../nbs/experiments/learner.ipynb #136af0cb
 import math, os, platform, statistics, subprocess, time, warnings
@@ -392,17 +392,25 @@ def _trained_size(learn):
     seen = getattr(getattr(learn.dls.train, 'dataset', None), 'x', None)
     return seen.shape[-1] if isinstance(seen, torch.Tensor) else None
 
+def trained_on(
+    learn:Learner, # what was loaded
+    n_all:int # training images of the data, >= 1
+)->int: # in [1,n_all]
+    "Read how many images a learner was trained on; all, if it does not know (ours)."
+    seen = getattr(getattr(learn.dls.train, 'dataset', None), 'n_seen', None)
+    return min(seen or n_all, n_all)
+
 def loaders_for(
     learn:Learner, # what was loaded
     data:str, # a key of `DATASETS`, or a folder of images
-    n:int|None=None, # images, >= 2; None for 1,000, or all if there are fewer
+    n:int|None=None, # images, >= 2; None for 1,000, or as many as it was trained on or there are, if fewer
     root:str|Path|None=None, # folder to look for the data first
     size:int|None=None # side in pixels; None for that of the images that the learner was trained on
 )->ImageLoaders: # `train` has n images; superclasses are the labels if the network has as many outputs
     "Make loaders that fit a learner's network; raise a `ValueError` if none do (ours)."
     images = load_dataset(data, root, size=size or (_trained_size(learn) if is_folder(data) else None))
     n_all,kinds = len(images.x_train),(len(images.classes), len(images.coarse_names or ()))
-    if n is None: n = min(1000, n_all)
+    if n is None: n = min(1000, max(kinds[0], trained_on(learn, n_all)))
     if not kinds[0]<=n<=n_all: raise ValueError(f"--n {n}: give {kinds[0]} (one a class) to {n_all} images")
     n_out = outputs_for(learn, tuple(images.x_train.shape[1:]), data)
     if n_out in kinds: return get_dls(images, n_train=n, n_valid=0, coarse=n_out!=kinds[0], device='cpu')

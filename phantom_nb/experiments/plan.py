@@ -209,7 +209,7 @@ def images_words(
         "test images in a folder test/")
     parts = [f"{counted(n_train, 'image')} train", f"{n_valid:,} choose the method", f"{n_test:,} judge"]
     if not n_valid: del parts[1]
-    words = f"{', '.join(parts)}{' (others with every seed)' if folds else ''}."
+    words = f"{', '.join(parts)}{' (every seed parts them anew)' if folds else ''}."
     if n_test>=FEW: return words
     return f"{words} Few judge: one image more or less right is {100/n_test:.{0 if n_test<50 else 1}f} points."
 

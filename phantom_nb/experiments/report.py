@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOUSE', 'BETTER', 'WORSE', 'NEITHER', 'COLOURS', 'LEGEND', 'house_style', 'Unit', 'unit_of', 'metric_words', 'span',
            'each_comparison', 'verdict', 'text_cells', 'as_rich', 'as_markdown', 'forest', 'plot_comparison',
-           'plot_comparisons', 'filter_rows', 'tell_apart', 'run_labels', 'direction_words', 'show_results',
+           'plot_comparisons', 'filter_rows', 'run_rows', 'tell_apart', 'run_labels', 'direction_words', 'show_results',
            'save_figure', 'run_title', 'write_report', 'show_comparison', 'front_figure']
 
 # %% ../../nbs/experiments/report.ipynb #3f71e30a
@@ -87,8 +87,13 @@ def each_comparison(
         yield '', table
         return
     for setting,part in table.groupby(level=over, sort=False, dropna=False):
-        words = [f'{value:g}' if isinstance(value, float) else str(value) for value in setting]
+        words = map(_setting_words, table.index.names, setting)
         yield ', '.join(words), part.droplevel(over)
+
+def _setting_words(name, value):
+    "A column's value, and its name where the value does not tell"
+    words = f'{value:g}' if isinstance(value, float) else str(value)
+    return words if name in ('data','n_train','model','experiment') else f"{name}={words}"
 
 # %% ../../nbs/experiments/report.ipynb #cf2a4a92
 def _power_words(table):
@@ -279,7 +284,7 @@ def plot_comparisons(
         heights = np.arange(len(names))
         for ax,(name,part) in zip(axs.flat, parts):
             forest(ax, part.reindex(names), DIFFERENCE, heights)
-            ax.set_title(name, fontsize='medium')
+            ax.set_title(fill(name, 34), fontsize='medium')
         for ax in axs.flat[len(parts):]: ax.set_axis_off()
         for ax in axs.flat[max(0, len(parts)-ncols):len(parts)]:
             ax.set_xlabel(fill(f"difference to {_against(table)}{_direction(table)}", 32))
@@ -323,25 +328,35 @@ def _settings_words(df, over):
             words[i] = ' '.join(f'{name}={settings[name]}' for name in varying if name in settings)
     return words
 
+def run_rows(
+    runs:Iterable # `Run`s
+)->pd.DataFrame: # a row a run: its fields, and `key`
+    "Tabulate runs that need not have been run (ours)."
+    rows = [{**asdict(run), 'settings':dict(run.settings), 'key':run.key} for run in runs]
+    return pd.DataFrame(rows).drop(columns='images')
+
 def tell_apart(
-    df:pd.DataFrame # rows of `load_results`
+    df:pd.DataFrame, # rows of `load_results`
+    planned:pd.DataFrame|None=None # `run_rows` of all runs that are planned, if those recorded may be few of them
 )->tuple: # the rows, methods named with their settings where these vary; the columns that tell comparisons apart
     "Find what a comparison must not mix (ours)."
     over = ['data','n_train']
     known = {*over, 'experiment', 'method', 'seed', 'settings'}
-    columns = [field.name for field in fields(Run) if field.name in df and field.name not in known]
-    dicts = {column:df[column].map(str) for column in columns if df[column].map(type).eq(dict).any()}
-    everything = df.assign(settings=df.settings.map(repr), **dicts)
+    whole = df if planned is None else planned
+    columns = [field.name for field in fields(Run) if field.name in whole and field.name in df and field.name not in known]
+    def as_text(rows):
+        dicts = {column:rows[column].map(str) for column in columns if rows[column].map(type).eq(dict).any()}
+        return rows.assign(settings=rows.settings.map(repr), **dicts)
+    everything = as_text(whole)
     for column in columns: over += _varying(everything, [column], [*over, 'settings', 'method', 'seed'])
-    if not _varying(everything, ['settings'], [*over, 'method', 'seed']): return df,over
+    if not _varying(as_text(df), ['settings'], [*over, 'method', 'seed']): return df,over
     return df.assign(method=(df.method+' '+_settings_words(df, over)).str.strip()),over
 
 def run_labels(
     runs:Iterable # `Run`s
 )->dict: # key -> such as 'digits 40 mhe lam=0.1 seed 0', with what varies among the runs
     "Name each run by what tells it from the others (ours)."
-    rows = [{**asdict(run), 'settings':dict(run.settings), 'key':run.key} for run in runs]
-    df,over = tell_apart(pd.DataFrame(rows).drop(columns='images'))
+    df,over = tell_apart(run_rows(runs))
     varying = [column for column in over if df[column].nunique(dropna=False)>1]
     labels = {}
     for row in df.to_dict('records'):
@@ -378,10 +393,11 @@ def show_results(
     metric:str='accuracy', # column compared
     baseline:str='none', # method that the others are compared with
     higher_is_better:bool|None=None, # None asks `lower_is_better`
+    planned:pd.DataFrame|None=None, # see `tell_apart`
     **kwargs # further options of `comparison`
 )->pd.DataFrame: # the table of `comparisons`
     "Print comparisons and what they show; an unknown baseline raises a `ValueError`."
-    if over is None: df,over = tell_apart(df)
+    if over is None: df,over = tell_apart(df, planned)
     if baseline!='none': one_of('baseline', baseline, sorted(df.method.unique()))
     table = comparisons(df, over, metric=metric, baseline=baseline, higher_is_better=higher_is_better, **kwargs)
     console.print(as_rich(table))

@@ -108,10 +108,13 @@ def suggest(
     near,effects = nearest_settings(mine, table, n),effects_near(mine, table, n)
     lines = ["Nearest settings that were tried:"]
     lines += [f"  {name} ({table['settings'][name]['about']}), {far:.1f} steps away" for name,far in near]
-    lines += ["", "Effect on test accuracy there, in points (95 %), and whether the method helps over all settings:"]
+    lines += ["  (a step: twice as many images a class, or four times as many classes)"]
+    lines += ["", "Effect on test accuracy there, in points: mean (95 %); in each of them; is it shown to help over all?"]
     for effect in effects[:5]:
+        known = table['methods'][effect.method]['effects']
+        each = ', '.join(f"{known[name]['diff']:+.1f}" if name in known else '-' for name,_ in near)
         points = f"{effect.mean:+.1f} ± {2*effect.error:.1f}"
-        lines.append(f"  {effect.method:18} {points}   {effect.helps:8} {effect.weight}")
+        lines.append(f"  {effect.method:18} {points}   {each:12} {effect.helps:8} {effect.weight}")
     if len(table['settings'])<3:
         lines.append("  (Fewer than three settings are recorded: what helps everywhere is not known yet.)")
     return '\n'.join([*lines, "", *_advice(effects), *_caution(near)])
@@ -120,9 +123,12 @@ def _advice(effects):
     "The sentences that recommend"
     good = [effect for effect in effects if effect.recommended]
     if not good:
-        return ["Recommended: plain good practice. No method is shown to help over all settings "
-            "and to be worth half a point here.",
+        lines = ["Recommended: plain good practice. No method is both shown to help over all settings "
+            "and worth half a point here.",
             "  Augmentation, a tuned learning rate and enough epochs come first; more images help most."]
+        if not (felt := [e for e in effects if e.mean>=WORTH and e.mean>3*e.error and min(e.singles)>=WORTH]): return lines
+        told = ', '.join(f"{e.method} ({e.mean:+.1f} points)" for e in felt[:3])
+        return [*lines, f"  In the nearest settings alone some gained: {told}. One of many methods can do so by chance."]
     best = good[0]
     lines = [f"Recommended: {best.method}, {best.weight}: "
         f"it helps over all settings, and here by {best.mean:+.1f} points."]
