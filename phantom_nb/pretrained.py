@@ -123,7 +123,8 @@ PACKAGED = 'tf_efficientnet_lite0'
 def _timm():
     "timm, or the error that says how to get it"
     try: import timm
-    except ImportError as e: raise ImportError("timm is not installed: `pip install timm`, or `pip install -e '.[pretrained]'` in a clone") from e
+    except ImportError as e: raise ImportError("timm is not installed: `pip install timm`, or "
+        "`pip install -e '.[pretrained]'` in a clone") from e
     return timm
 
 def packaged_weights(

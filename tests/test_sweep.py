@@ -179,7 +179,7 @@ def test_a_grid_of_settings_and_models_is_told_apart(tmp_path, capsys, monkeypat
     assert e.value.code==0, out.err
     df,over = tell_apart(load_results('sweeps/grid/results.jsonl'))
     assert over==['data','n_train','width'] and set(df.method)=={'none','mhe lam=0.1','mhe lam=1.0'}
-    assert 'mhe lam=0.1' in out.out and 'digits, 40, 0.5' in out.out and 'digits, 40, 1' in out.out
+    assert 'mhe lam=0.1' in out.out and 'digits, 40, width=0.5' in out.out and 'digits, 40, width=1' in out.out
 
 def test_sweep_and_results_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

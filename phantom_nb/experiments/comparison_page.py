@@ -171,7 +171,7 @@ def comparison_html(
     return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f'<title>{title}</title><style>{STYLE}</style></head><body><main><h1>{title}</h1>{sections}'
-        '<p>Intervals are 95 %, paired by seed, one by one; verdicts hold for all methods of a setting together (Holm).</p>'
+        '<p>Intervals are 95 %, paired by seed, one by one; verdicts hold for all methods together (Holm).</p>'
         '</main></body></html>')
 
 def save_comparison(

@@ -343,7 +343,8 @@ def tell_apart(
     over = ['data','n_train']
     known = {*over, 'experiment', 'method', 'seed', 'settings'}
     whole = df if planned is None else planned
-    columns = [field.name for field in fields(Run) if field.name in whole and field.name in df and field.name not in known]
+    names = [field.name for field in fields(Run) if field.name not in known]
+    columns = [name for name in names if name in whole and name in df]
     def as_text(rows):
         dicts = {column:rows[column].map(str) for column in columns if rows[column].map(type).eq(dict).any()}
         return rows.assign(settings=rows.settings.map(repr), **dicts)

@@ -109,7 +109,7 @@ def suggest(
     lines = ["Nearest settings that were tried:"]
     lines += [f"  {name} ({table['settings'][name]['about']}), {far:.1f} steps away" for name,far in near]
     lines += ["  (a step: twice as many images a class, or four times as many classes)"]
-    lines += ["", "Effect on test accuracy there, in points: mean (95 %); in each of them; is it shown to help over all?"]
+    lines += ["", "Effect on test accuracy there, in points: mean (95 %); in each; is it shown to help over all?"]
     for effect in effects[:5]:
         known = table['methods'][effect.method]['effects']
         each = ', '.join(f"{known[name]['diff']:+.1f}" if name in known else '-' for name,_ in near)
@@ -126,9 +126,10 @@ def _advice(effects):
         lines = ["Recommended: plain good practice. No method is both shown to help over all settings "
             "and worth half a point here.",
             "  Augmentation, a tuned learning rate and enough epochs come first; more images help most."]
-        if not (felt := [e for e in effects if e.mean>=WORTH and e.mean>3*e.error and min(e.singles)>=WORTH]): return lines
+        felt = [e for e in effects if e.mean>3*e.error and min(e.singles)>=WORTH]
+        if not felt: return lines
         told = ', '.join(f"{e.method} ({e.mean:+.1f} points)" for e in felt[:3])
-        return [*lines, f"  In the nearest settings alone some gained: {told}. One of many methods can do so by chance."]
+        return [*lines, f"  Gained in the nearest settings: {told}. One of many methods can do so by chance."]
     best = good[0]
     lines = [f"Recommended: {best.method}, {best.weight}: "
         f"it helps over all settings, and here by {best.mean:+.1f} points."]
