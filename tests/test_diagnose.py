@@ -51,6 +51,24 @@ def test_the_page_holds_everything_in_itself(trained, tmp_path):
     assert '<b>mine</b>' not in text and not re.findall(r'(?:src|href)="(?!data:)', text)
     assert text.count('<img alt="')==len(panels_of(found)) and len(text)<1_500_000 and picture.stat().st_size>1000
 
+def test_a_bump_that_is_over_is_no_over_fitting(trained):
+    "A few bad epochs early on, and a loss that still falls at the end"
+    from phantom_nb.experiments.diagnose import onset_of
+    loss = [1.47, 1.39, 1.32, 8.4, 6.6, 3.1, 2.2, 1.8, 1.6, 1.5, 1.45, 1.42, 1.4, 1.3, 1.2]
+    curves = pd.DataFrame(dict(train_loss=loss, valid_loss=loss, accuracy=[.5]*15))
+    found = diagnose(trained, curves=curves)
+    assert onset_of(found) is None and any('did not rise for good in 15 epochs' in f.fact for f in found.findings)
+
+def test_a_report_counts_the_images_that_trained(tmp_path):
+    "50 of 1,000 images were held out, so 60 images trained of the 1,437 there are"
+    from phantom_nb.experiments.learner import loaders_for, open_learner, trained_on
+    learn = make_learner(Run(model='small_cnn', n_train=60, n_valid=50), device='cpu')
+    learn.export(tmp_path/'learner.pkl')
+    opened = open_learner(tmp_path/'learner.pkl')
+    assert trained_on(opened, 1437)==60==len(loaders_for(opened, 'digits').train_ds) and trained_on(opened, 40)==40
+    out = CliRunner().invoke(app, ['report', str(tmp_path/'learner.pkl'), '--data', 'digits']).output
+    assert '60 training images' in (tmp_path/'learner.html').read_text(encoding='utf-8'), out
+
 def test_curves_say_when_over_fitting_begins(trained):
     "Losses with a turn at the fifth epoch, and accuracy: the page marks the epoch that the sentence names"
     from phantom_nb.experiments.diagnose import onset_of

@@ -46,7 +46,8 @@ NUMBER = {'{}':'give a number', 'nan':'=nan', 'inf':'=inf', '-1':'=-1'}
 SUGGEST = {'--classes':WHOLE | {'1':'classes=1'}, '--per-class':NUMBER | {'0':'per_class=0'}, '--wrong-labels':NUMBER | {'1':'wrong_labels=1'},
     '--imbalance':NUMBER | {'.5':'imbalance=0.5'}, '--pretrained=yes':{'':'give --pretrained alone'}, '--{}':{'':"option='--{}'"}}
 GPU = {'--out':{'../file':'is a file', '/dev/null/{}':'is a file'}, '--listed=yes':{'':'give --listed alone'}, '--{}':{'':"option='--{}'"}}
-COMMANDS = dict(suggest=([], {}, SUGGEST), report=(['gone.pkl'], {"no learner at 'gone.pkl'"}, REPORT), gpu=(['tests3'], {"piece='tests3'"}, GPU), compare=([], {}, COMPARE), sweep=(['gone.toml'], {'gone.toml does not exist'}, SWEEP), results=(['gone'], {'gone does not exist'}, RESULTS),
+COMMANDS = dict(suggest=([], {}, SUGGEST), report=(['gone.pkl'], {"no learner at 'gone.pkl'"}, REPORT), gpu=(['tests3'], {"piece='tests3'"}, GPU),
+    compare=([], {}, COMPARE), sweep=(['gone.toml'], {'gone.toml does not exist'}, SWEEP), results=(['gone'], {'gone does not exist'}, RESULTS),
     measure=(['gone.pkl'], {"no learner at 'gone.pkl'"}, MEASURE), bench=(['speed'], {"benchmark='speed'"}, {'--out':{'../file':'is a file'}, '--{}':{'':"option='--{}'"}}),
     data=(['mnist3'], {"data='mnist3'"}, {'--root':COMPARE['--root'], '--{}':{'':"option='--{}'"}}))
 

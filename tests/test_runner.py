@@ -205,9 +205,9 @@ def alive(group):
     return found
 
 @pytest.mark.processes
-@pytest.mark.parametrize('signals', [[signal.SIGINT]*2, [signal.SIGKILL]], ids=str)
+@pytest.mark.parametrize('signals', [[signal.SIGINT]*2, [signal.SIGINT]*9, [signal.SIGKILL]], ids=['two','nine','kill'])
 def test_no_worker_outlives_its_command(signals, tmp_path):
-    "Two Ctrl-C in a row, or a killed command: what it started is gone within seconds"
+    "Two Ctrl-C in a row, or a killed command: what it started is gone within seconds; a further Ctrl-C does not stop what is shown"
     p = start_compare(tmp_path)
     wait_for(tmp_path, 1)
     for s in signals:
@@ -217,6 +217,7 @@ def test_no_worker_outlives_its_command(signals, tmp_path):
     end = time.time()+20
     while alive(p.pid) and time.time()<end: time.sleep(.2)
     assert not alive(p.pid) and 'Traceback' not in text, text
+    if signal.SIGINT in signals: assert p.returncode==130 and 'goes on from here' in text and (tmp_path/'comparison.png').exists(), text
 
 @pytest.mark.processes
 def test_two_processes_share_a_folder(tmp_path):

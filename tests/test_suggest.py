@@ -44,6 +44,13 @@ def test_plain_is_an_answer(table, effects):
     for told in table['methods'].values(): told['effects'] = effects
     assert 'Recommended: plain good practice' in suggest(Setting(10, 20), table)
 
+def test_gains_nearby_are_named_and_doubted(table):
+    "Not shown to help everywhere, but clear in all nearest settings: named, not recommended; a mixed one is not"
+    effects = dict(yes=_effects(2., 2.), mixed=_effects(.1, 5.))
+    told = suggest(Setting(10, 50), table|dict(methods={m:dict(helps='unclear', cost=1., effects=e) for m,e in effects.items()}))
+    line = next(line for line in told.splitlines() if 'Gained in the nearest' in line)
+    assert 'Recommended: plain' in told and 'yes (+2.0 points)' in line and 'by chance' in line and 'mixed' not in line
+
 def test_far_away_is_said(table):
     assert 'Take care' not in suggest(Setting(10, 20), table)
     assert 'Take care: the nearest setting is 10.' in suggest(Setting(10, 20, wrong_labels=.9, imbalance=30), table)

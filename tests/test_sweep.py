@@ -10,7 +10,7 @@ from phantom_nb import cli
 from phantom_nb.experiments import learner
 from phantom_nb.experiments.methods import METHODS
 from phantom_nb.experiments.methods import search_space
-from phantom_nb.experiments.report import tell_apart
+from phantom_nb.experiments.report import run_rows, tell_apart
 from phantom_nb.experiments.runner import Run, load_results
 from phantom_nb.experiments.sweep import load_sweep, parse_sweep, run_sweep
 from phantom_nb.experiments.stats import mean_interval
@@ -169,6 +169,12 @@ def test_sweep_stops_at_its_budget_and_goes_on(tmp_path):
     kept = load_results(tmp_path/'results.jsonl')
     assert set(kept.key)==set(rows.key) and set(kept.experiment)=={'small'} and len(load_results(tmp_path/'trials.jsonl'))==8
     assert {'space','chosen','trial','study'} <= set(json.loads((tmp_path/'trials.jsonl').read_text().splitlines()[0]))
+
+def test_a_sweep_that_has_begun_is_told_apart_by_its_plan():
+    "Two runs that differ in method and rate: alone they look like a comparison, and are none"
+    runs = [Run(method=m, lr=lr, n_train=40) for m in ('none','mhe') for lr in (.01,.001)]
+    rows = run_rows(runs).iloc[[0,3]]
+    assert tell_apart(rows)[1]==['data','n_train'] and tell_apart(rows, run_rows(runs))[1]==['data','n_train','lr']
 
 def test_a_grid_of_settings_and_models_is_told_apart(tmp_path, capsys, monkeypatch):
     "Each model has its comparison, and each setting of a method is a method of its own"
