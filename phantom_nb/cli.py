@@ -634,6 +634,7 @@ def main(
 ):
     "Run the command line."
     with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.torch.jit.script. is deprecated') # torch's own, on import
         warnings.showwarning = _show_warning
         try: app(_understood(sys.argv[1:] if args is None else list(args)))
         except (ValueError, ImportError) as e: _stop(e) # also a missing extra

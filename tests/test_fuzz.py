@@ -58,7 +58,7 @@ def wrong_command(rng):
     args,said = list(places),set(words)
     n = min(rng.randint(0 if places else 1, 4), len(table))
     chosen = rng.sample(list(table), n)
-    if name=='suggest': said |= {f'{option} is missing' for option in ('--classes','--per-class') if option not in chosen}
+    if name=='suggest': said |= {f'{option}: give a number' for option in ('--classes','--per-class') if option not in chosen}
     for option in chosen:
         made = junk(rng)
         value,what = rng.choice(list(table[option].items()))
