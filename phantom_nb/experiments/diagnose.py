@@ -402,7 +402,7 @@ def onset_of(
 
 def _around(loss, onset):
     "Means of five epochs around the lowest loss, and of the last three"
-    return loss[max(0, onset-2):onset+3].mean(), loss[-3:].mean()
+    return np.nanmean(loss[max(0, onset-2):onset+3]), np.nanmean(loss[-3:])
 
 def _curved(d):
     "When did over-fitting begin?"
