@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest
 from typer.testing import CliRunner
 
 from phantom_nb.cli import app
-from phantom_nb.experiments.comparison_page import comparison_html, judge_comparison, moved_quantities, save_comparison
+from phantom_nb.experiments.comparison_page import comparison_html, judge_comparison, label_heights, moved_quantities, save_comparison
 
 def rows(seeds=5, train=1., share=.1, **more):
     "Plain training and a penalty that halves the calibration error and nothing else."
@@ -31,6 +31,17 @@ def test_only_what_is_shown_is_said():
 def test_a_penalty_that_was_not_felt_is_named(share, word):
     told = facts(rows(share=share))
     assert word in told if word else 'share of the gradient' not in told
+
+def test_labels_keep_their_distance_and_their_order():
+    "Against a quadratic programme; labels that are far apart stay where they are"
+    from scipy.optimize import minimize
+    heights = np.array([0., .01, .02, .5, .9, .91])
+    placed = label_heights(heights, .1)
+    assert (np.diff(placed)>=.1-1e-9).all()
+    steps = [dict(type='ineq', fun=lambda h, i=i: h[i+1]-h[i]-.1) for i in range(5)]
+    best = minimize(lambda h: ((h-heights)**2).sum(), placed+.01, constraints=steps, options=dict(ftol=1e-12))
+    np.testing.assert_allclose(placed, best.x, atol=1e-4)
+    np.testing.assert_allclose(label_heights([0., .4, .9], .1), [0., .4, .9])
 
 def test_networks_that_do_not_fit_are_no_ground():
     assert 'Train longer first' in facts(rows(train=.6)) and 'Train longer' not in facts(rows())

@@ -51,6 +51,19 @@ def test_the_page_holds_everything_in_itself(trained, tmp_path):
     assert '<b>mine</b>' not in text and not re.findall(r'(?:src|href)="(?!data:)', text)
     assert text.count('<img alt="')==len(panels_of(found)) and len(text)<1_500_000 and picture.stat().st_size>1000
 
+def test_bare_numbers_have_their_kind_before_them_and_lost_curves_are_named():
+    "A network of numbered layers, and of one with a name"
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(768, 8))
+    model = nn.Sequential(inner, nn.ReLU(), nn.Linear(8, 4))
+    found = diagnose(model, *loaders(), classes=list('abcd'))
+    assert 'Linear 0.1' in found.weights.index and 'ReLU 1' in found.activations.index, (found.weights.index, found.activations.index)
+    named = diagnose(nn.Sequential(model, nn.Identity()), *loaders(), classes=list('abcd'))
+    assert 'Linear 0.0.1' in named.weights.index
+    lost = 'Losses by epoch are not drawn'
+    assert lost in diagnosis_html(found)
+    curves = pd.DataFrame(dict(train_loss=[1.,.5], valid_loss=[1.,.6], accuracy=[.5,.6]))
+    assert lost not in diagnosis_html(diagnose(model, *loaders(), classes=list('abcd'), curves=curves))
+
 def test_a_bump_that_is_over_is_no_over_fitting(trained):
     "A few bad epochs early on, and a loss that still falls at the end"
     from phantom_nb.experiments.diagnose import onset_of

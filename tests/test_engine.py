@@ -1,5 +1,5 @@
 "Runs that are stopped, killed, shared and spread: nothing is lost, and the numbers are those of an undisturbed run"
-import json, os, shutil, signal, subprocess, sys, threading, time
+import json, os, shutil, signal, subprocess, sys, threading, time, warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -170,6 +170,17 @@ def interrupted(item, device, threads):
 def test_workers_do_not_hear_ctrl_c():
     "A terminal sends it to all processes of a command; only the command itself is to act"
     assert sorted(spread(interrupted, [1,2,3], jobs=2))==[1,2,3]
+
+def lacking(item, device, threads):
+    warnings.warn('photos: no test image of cat, so results say nothing about that')
+    warnings.warn(f'another word of {item}')
+    return item
+
+def test_workers_do_not_repeat_what_the_data_lack(capfd):
+    "Their parent has read the data and told it once"
+    assert sorted(spread(lacking, [1,2], jobs=2))==[1,2]
+    told = capfd.readouterr().err
+    assert 'no test image' not in told and 'another word' in told
 
 @pytest.mark.skipif(not shutil.which('g++'), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize('method', ['none','half_mhe'])

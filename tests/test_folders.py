@@ -175,9 +175,9 @@ def test_exif_orientation_is_obeyed(tmp_path):
 def test_all_broken_files_are_named_at_once(tmp_path):
     root = tree(tmp_path/'d', {'a': 10, 'b': 10})
     (root/'a'/'img0.png').write_bytes(b'')
-    (root/'b'/'img1.png').write_bytes((root/'b'/'img1.png').read_bytes()[:-40])
+    (root/'b'/'img9.png').write_bytes((root/'b'/'img9.png').read_bytes()[:-40]) # among the test images
     with pytest.raises(ValueError) as e: load_dataset(root)
-    assert '2 of 16 files' in str(e.value) and 'img0.png' in str(e.value) and 'img1.png' in str(e.value)
+    assert '2 of 20 files' in str(e.value) and 'img0.png' in str(e.value) and 'img9.png' in str(e.value)
     assert 'repair or delete' in str(e.value)
 
 def test_size_and_channels_by_themselves(tmp_path):

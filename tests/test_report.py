@@ -1,5 +1,5 @@
 "Reports in words, tables and pictures; rows are filtered and told apart"
-import json
+import json, re
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from phantom_nb.experiments.report import (BETTER, NEITHER, WORSE, as_markdown, as_rich, direction_words, filter_rows, front_figure, house_style, metric_words,
-    plot_comparison, plot_comparisons, run_labels, show_comparison, show_results, tell_apart, verdict)
+    plot_comparison, plot_comparisons, run_labels, show_comparison, show_results, tell_apart, text_cells, verdict)
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.stats import comparison, comparisons
 from test_stats import LUCK, RUNS, frame, null_frame
@@ -155,6 +155,12 @@ def test_long_names_leave_room_for_the_panels():
         assert min(b.x0 for b in boxes)>=0 and all(a.y1<=b.y0 or b.y1<=a.y0 for i,a in enumerate(boxes) for b in boxes[:i])
         assert max(len(line) for ax in axs for line in ax.get_xlabel().split('\n'))<=40
         plt.close(fig)
+
+def test_no_interval_leaves_what_an_accuracy_can_be_and_zero_has_no_sign():
+    told = text_cells(comparison(frame(dict(none=[.9,.99,.999], same=[.9,.99,.999-1e-9]))))
+    assert '100.0]' in told.iloc[0,0] and not [cell for cell in told.to_numpy().flat if re.search(r'-0\.0+\b', str(cell))]
+    losses = text_cells(comparison(frame(dict(none=[.9,.99,1.9])).rename(columns=dict(accuracy='loss')), metric='loss'))
+    assert float(re.search(r', (.*)]', losses.iloc[0,0])[1])>2, 'a loss may be large'
 
 def test_no_line_for_two_seeds():
     axs = plot_comparison(comparison(frame(dict(none=[.5,.6], up=[.9,1.]))))

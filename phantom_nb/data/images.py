@@ -405,8 +405,8 @@ def load_folder(
     size = size or (h if same else DEFAULT_SIZE)
     channels = 1 if modes and all(mode[0] in '1LI' for mode in modes) else 3
     check_memory(len(files), (channels, size, size), found.path.name)
-    xs = {split: cached_images(paths, channels, size) for split,paths in found.files.items()}
-    splits = {split: (x, found.labels[split]) for split,x in xs.items()}
+    xs = cached_images(files, channels, size).split([*map(len, found.files.values())])
+    splits = {split: (x, found.labels[split]) for split,x in zip(found.files, xs)}
     how = 'as they are' if same and size == h else f'cut to squares and resized to {size}×{size}'
     jpeg = any(file.lower().endswith(('jpg','jpeg')) for file in files)
     source = f"folder of {'JPEG' if jpeg else 'lossless'} images {found.path.resolve().name!r}, {how}; {found.note}"

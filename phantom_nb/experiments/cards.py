@@ -76,7 +76,7 @@ def cost_words(
     for file in ('bench-rivals','gpu-step'):
         df = pd.read_json(Path(root)/f'results/{file}.jsonl', lines=True)
         for row in df[df.method==name].itertuples(): told[row.model, row.device.split(' ')[0]] = row.cost
-    return ', '.join(f"{100*cost:+.0f} % ({model}, {device})" for (model,device),cost in told.items()) or '-'
+    return ', '.join(f"{100*cost:+z.0f} % ({model}, {device})" for (model,device),cost in told.items()) or '-'
 
 def effect_words(
     name:str # a key of `METHODS`
@@ -84,7 +84,7 @@ def effect_words(
     "Say what a method brought in the atlas (ours)."
     table = load_table()
     effects = table['methods'].get(name, {}).get('effects', {})
-    return '; '.join(f"{table['settings'][setting]['about']}: {told['diff']:+.1f} ± {2*told['error']:.1f} points"
+    return '; '.join(f"{table['settings'][setting]['about']}: {told['diff']:+z.1f} ± {2*told['error']:.1f} points"
         for setting,told in effects.items()) or '-'
 
 def _family(name):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEMPERATURES', 'GROUPS', 'SIZES', 'LEVELS', 'QUANTITIES', 'DEPTHS', 'BY_LAYER', 'FROM_ROWS', 'MOST_OF_A_SETTING',
            'FEWEST', 'FIT', 'BANDS', 'SAMPLE', 'FELT', 'best_temperature', 'Confusion', 'confused_pairs',
-           'row_quantities', 'layer_depths', 'layer_bands', 'reference_bands', 'load_bands', 'percentile_in', 'Finding',
-           'Diagnosis', 'diagnose', 'at_chance', 'half_width', 'onset_of', 'judge_network']
+           'sentence_start', 'row_quantities', 'layer_depths', 'layer_bands', 'reference_bands', 'load_bands',
+           'percentile_in', 'Finding', 'Diagnosis', 'diagnose', 'at_chance', 'half_width', 'onset_of', 'judge_network']
 
 # %% ../../nbs/experiments/diagnose.ipynb #dc532a18
 import itertools, json, math
@@ -97,6 +97,12 @@ MOST_OF_A_SETTING = 60 # rows that count
 FEWEST = 20 # networks of a band
 FIT = .9 # training accuracy of networks that count, at least
 BANDS = 'bands.json'
+
+def sentence_start(
+    words:str # such as a value of `QUANTITIES`
+)->str: # with a capital; c3 and c4 are names
+    "Begin a sentence (ours)."
+    return words if words[1].isdigit() else words[0].upper()+words[1:]
 
 def row_quantities(
     df:pd.DataFrame # recorded rows
@@ -273,6 +279,14 @@ def _held_out(model, batches, n_out):
     told['cosines'] = cosines.float().masked_fill(~pairs, math.nan).cpu()
     return told,{name:metrics[name] for name in ('similarity','margin','logit_margin')}
 
+def _titled(table, model):
+    "The kind of layer before a name that is a bare number, as in `nn.Sequential`"
+    modules = dict(model.named_modules())
+    def title(name):
+        bare = name.replace('.', '').isdigit() and name in modules
+        return f'{type(modules[name]).__name__} {name}' if bare else name
+    return table.rename(index=title)
+
 def _recorded(learn):
     "Losses and accuracy by epoch and the regularizers' shares, as far as a learner kept them"
     curves,shares = pd.DataFrame(columns=['train_loss','valid_loss']),{}
@@ -327,7 +341,7 @@ def diagnose(
     images = _scaled(torch.cat([x for x,_ in held]))
     n_train = whole('n_train', len(train.dataset) if n_train is None else n_train)
     found = Diagnosis(names, n_train, train_told, judged, {q:quantities.get(q, math.nan) for q in QUANTITIES},
-        table.drop('network'), activations, layer_weights(model),
+        *(_titled(part, model) for part in (table.drop('network'), activations, layer_weights(model))),
         confused_pairs(judged['logits'], judged['y'], names, images), pd.DataFrame() if curves is None else curves,
         shares,
         load_bands(n_train, sum(p.numel() for p in model.parameters())), title or type(model).__name__)
@@ -375,7 +389,7 @@ def _atlas_words(d):
     if not good:
         return (' Augmentation and more images help most; '
             'no regularizer is shown to bring half a point in settings like yours.')
-    told = ', '.join(f"{e.method} ({e.weight}; {e.mean:+.1f} points in the nearest settings)" for e in good[:2])
+    told = ', '.join(f"{e.method} ({e.weight}; {e.mean:+z.1f} points in the nearest settings)" for e in good[:2])
     return f' Augmentation and more images help most. Then try {told}.'
 
 def _calibrated(d):
@@ -461,7 +475,7 @@ def _unusual(d):
         if name in ('gap','ece','norm'): continue # judged above; a norm belongs to one size of network
         if not (place<5 or place>95): continue
         how = 'lower' if place<5 else 'higher'
-        yield Finding('see', f"{label[0].upper()+label[1:]} is {d.quantities[name]:.3g}, {how} than in 19 of 20 "
+        yield Finding('see', f"{sentence_start(label)} is {d.quantities[name]:.3g}, {how} than in 19 of 20 "
             "recorded networks "
             f"({d.bands[name][1]:.3g} to {d.bands[name][-2]:.3g}).")
     for name in BY_LAYER:

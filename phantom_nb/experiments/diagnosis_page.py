@@ -8,7 +8,7 @@ __all__ = ['PANELS', 'STYLE', 'PROFILES', 'ALT', 'draw_curves', 'draw_calibratio
            'panels_of', 'plot_diagnosis', 'figure_text', 'diagnosis_html', 'save_diagnosis']
 
 # %% ../../nbs/experiments/diagnosis_page.ipynb #99847cd6
-import base64, io, math, textwrap
+import base64, io, math
 from html import escape
 from pathlib import Path
 
@@ -171,8 +171,7 @@ def draw_bands(
     names = [name for name in QUANTITIES if math.isfinite(d.percentile(name))]
     ax.barh(range(len(names)), 90, left=5, color='.9', height=.6)
     ax.plot([d.percentile(name) for name in names], range(len(names)), 'o')
-    labels = [textwrap.fill(QUANTITIES[name].partition(' (')[0], 24) for name in names]
-    ax.set_yticks(range(len(names)), labels, fontsize=6)
+    ax.set_yticks(range(len(names)), [QUANTITIES[name].partition(' (')[0] for name in names], fontsize=6)
     ax.set(title='Among recorded networks', xlabel='recorded networks with less (%)', xlim=(-2, 102))
     ax.invert_yaxis()
 
@@ -208,12 +207,12 @@ def plot_diagnosis(
 STYLE = """body {font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem;
     color: #222; background: #fff}
 h1 {font-size: 1.5rem} h2 {font-size: 1.15rem; margin-top: 2rem} table {border-collapse: collapse}
-td, th {padding: .2rem .8rem .2rem 0; text-align: left}
+table {font-size: .85rem} td, th {padding: .2rem .8rem .2rem 0; text-align: left} td {white-space: nowrap}
 li {margin: .5rem 0; padding-left: .6rem; border-left: .3rem solid #999; list-style: none} ul {padding: 0}
 .stop {border-color: #b00020} .do {border-color: #b85c00} .well {border-color: #007a55}
 .figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem}
 figure {margin: 0} figcaption {font-size: .85rem} img {width: 100%; background: #fff}
-.table {overflow-x: auto} 
+.table {overflow-x: auto}
 @media (prefers-color-scheme: dark) {body {color: #ddd; background: #1c1c1c} img {filter: brightness(.88)}}"""
 PROFILES = dict(energy=['energy'], norms=['norm'], activations=['sparsity','dead'], intraclass=['c3','c4'])
 ALT = dict(curves='Training and validation loss by epoch',
@@ -280,6 +279,8 @@ def diagnosis_html(
     head = '<tr><th>quantity</th><th>here</th><th>recorded</th><th>percentile</th></tr>'
     about = (f"{d.n_train:,} training images, {len(d.classes)} classes. "
         f"Looked at: {d.train['n']} training and {d.valid['n']} held-out images.")
+    about += '' if len(d.curves) else (" Losses by epoch are not drawn: a saved learner doesn't keep them; "
+        "`diagnose(learn)` right after training draws them.")
     return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width">'
         f'<title>{escape(d.title)}: a diagnosis</title><style>{STYLE}</style></head><body><main><h1>{escape(d.title)}: '

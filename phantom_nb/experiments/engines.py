@@ -6,7 +6,7 @@
 __all__ = ['ENGINES', 'RUNS_PER_GPU', 'local_engine', 'ray_engine', 'share_out', 'spread']
 
 # %% ../../nbs/experiments/engines.ipynb #38ae5f93
-import logging, os, signal, threading, time
+import logging, os, signal, threading, time, warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import lru_cache
@@ -34,6 +34,7 @@ def _end_with_parent():
         while os.getppid()==parent: time.sleep(1)
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN) # its parent hears Ctrl-C
+    warnings.filterwarnings('ignore', '.*: no .* image of ') # and has told what the data lack
     threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 @contextmanager

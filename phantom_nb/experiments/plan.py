@@ -299,7 +299,7 @@ def advise(
             f"({_versus(shared, chosen)}). Use plain training."
     test = done.pivot_table(index='seed', columns='method', values='accuracy')[['none',chosen]].dropna()
     mean,low,high = mean_and_interval(test[chosen]-test['none'], 1/folds if folds else 0.)
-    size = f"{100*mean:+.1f} points" + (f" [{100*low:+.1f}, {100*high:+.1f}]" if math.isfinite(low) else '')
+    size = f"{100*mean:+z.1f} points" + (f" [{100*low:+z.1f}, {100*high:+z.1f}]" if math.isfinite(low) else '')
     first = f"Chosen on validation images: {chosen}, {_versus(shared, chosen)}. " \
         f"On the test images: {_versus(test, chosen)}, {size}, {counted(len(test), 'seed')}."
     if not math.isfinite(low): return f"{first} One seed cannot tell luck from effect: give more time."

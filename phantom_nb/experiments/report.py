@@ -48,8 +48,8 @@ def unit_of(
     table:pd.DataFrame # as `comparison` gives
 )->Unit: # percent and points for accuracies, else the metric's own unit
     "Say how the metric of a table is written (ours)."
-    if about(table)['metric'].endswith('accuracy'): return Unit(100, '.1f', ', %', ' points')
-    return Unit(1, '.3f', '', '')
+    if about(table)['metric'].endswith('accuracy'): return Unit(100, 'z.1f', ', %', ' points')
+    return Unit(1, 'z.3f', '', '')
 
 def metric_words(
     metric:str # name of a column, such as 'valid_loss'
@@ -58,6 +58,11 @@ def metric_words(
     for prefix,word in (('train_','training '), ('valid_','validation ')):
         if metric.startswith(prefix): return word+metric.removeprefix(prefix)
     return f'test {metric}' if metric in ('accuracy','loss','similarity','nearest','within') else metric
+
+def _possible(table):
+    "A table whose intervals of accuracies end at 0 and 1: Student's know no bounds"
+    if not about(table)['metric'].endswith('accuracy'): return table
+    return table.assign(**{end:table[end].clip(0, 1) for end in ('low','high')})
 
 def _direction(table):
     "A reminder where small values are good"
@@ -71,7 +76,7 @@ def span(
     mean:float, # a number; NaN gives '-'
     low:float=np.nan, # its interval; NaN for none
     high:float=np.nan, # its other end
-    digits:str='.1f', # format
+    digits:str='z.1f', # format; z: no minus before zero
     unit:str='' # behind the number
 )->str: # such as '+1.2 [+0.3, +2.1]'
     "Write a number with its interval (ours)."
@@ -149,6 +154,7 @@ def text_cells(
 )->pd.DataFrame: # the same as text, a column each
     "Write the numbers of one comparison as text (ours)."
     unit,metric = unit_of(table),about(table)['metric']
+    table = _possible(table)
     def spans(columns, digits):
         return [span(mean, low, high, digits) for mean,low,high in table[list(columns)].values*unit.factor]
     def plain(column, factor, digits): return [span(value*factor, digits=digits) for value in table[column]]
@@ -156,9 +162,9 @@ def text_cells(
     cells[f"vs {_against(table)}"] = spans(DIFFERENCE, '+'+unit.digits)
     cells['shown'] = [said if said in ('better','worse') else '-' for said in table.verdict]
     cells['gap'] = plain('gap', unit.factor, unit.digits)
-    cells['seconds'] = plain('seconds', 1, '.1f')
+    cells['seconds'] = plain('seconds', 1, 'z.1f')
     cells['runs'] = [f"{n}/{n+left}" if left else f"{n}" for n,left in zip(table.runs, table.left_out)]
-    cells |= dict(p=plain('p', 1, '.3f'), p_holm=plain('p_holm', 1, '.3f'), effect=plain('effect', 1, '+.2f'))
+    cells |= dict(p=plain('p', 1, '.3f'), p_holm=plain('p_holm', 1, '.3f'), effect=plain('effect', 1, '+z.2f'))
     cells['detectable'] = plain('detectable', unit.factor, unit.digits)
     return pd.DataFrame(cells, index=table.index)
 
@@ -256,7 +262,7 @@ def plot_comparison(
         return list(axs)
     what,unit = about(table),unit_of(table)
     rows = np.arange(len(table))[::-1]
-    forest(axs[0], table, (what['metric'], 'low', 'high'), rows, '.25')
+    forest(axs[0], _possible(table), (what['metric'], 'low', 'high'), rows, '.25')
     forest(axs[1], table, DIFFERENCE, rows)
     level = f"{metric_words(what['metric'])}{unit.level}{_direction(table)}"
     axs[0].set(yticks=rows, yticklabels=labels, xlabel=level, title=title)
@@ -503,4 +509,4 @@ def _effect(ax, row, told, helps):
     mean,half = told['diff'],2*told['error']
     ax.hlines(row, mean-half, mean+half, color=colour, lw=2.5)
     ax.plot(mean, row, 'o', color=colour, ms=6)
-    ax.text(mean, row+.2, f'{round(mean, 1)+0:+.1f}', color=colour, fontsize='small', ha='center', va='bottom')
+    ax.text(mean, row+.2, f'{mean:+z.1f}', color=colour, fontsize='small', ha='center', va='bottom')

@@ -112,8 +112,8 @@ def suggest(
     lines += ["", "Effect on test accuracy there, in points: mean (95 %); in each; is it shown to help over all?"]
     for effect in effects[:5]:
         known = table['methods'][effect.method]['effects']
-        each = ', '.join(f"{known[name]['diff']:+.1f}" if name in known else '-' for name,_ in near)
-        points = f"{effect.mean:+.1f} ± {2*effect.error:.1f}"
+        each = ', '.join(f"{known[name]['diff']:+z.1f}" if name in known else '-' for name,_ in near)
+        points = f"{effect.mean:+z.1f} ± {2*effect.error:.1f}"
         lines.append(f"  {effect.method:18} {points}   {each:12} {effect.helps:8} {effect.weight}")
     if len(table['settings'])<3:
         lines.append("  (Fewer than three settings are recorded: what helps everywhere is not known yet.)")
