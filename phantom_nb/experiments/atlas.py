@@ -162,8 +162,8 @@ def suggestion_table(
         for method in effects.method.unique()}
     for row in effects.itertuples():
         runs = df[(df.setting==row.setting) & (df.method==row.method)]
-        methods[row.method]['effects'][row.setting] = dict(diff=round(100*row.diff, 2),
-            error=round(100*row.variance**.5, 2), weight=best_weight(runs, names[row.method][0]))
+        methods[row.method]['effects'][row.setting] = dict(diff=round(100*row.diff, 3),
+            error=round(100*row.variance**.5, 3), weight=best_weight(runs, names[row.method][0]))
     settings = {name:_described(runs) for name,runs in df.groupby('setting') if name in set(effects.setting)}
     return dict(settings=settings, methods=methods)
 

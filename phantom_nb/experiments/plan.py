@@ -301,7 +301,8 @@ def advise(
     mean,low,high = mean_and_interval(test[chosen]-test['none'], 1/folds if folds else 0.)
     size = f"{100*mean:+z.1f} points" + (f" [{100*low:+z.1f}, {100*high:+z.1f}]" if math.isfinite(low) else '')
     first = f"Chosen on validation images: {chosen}, {_versus(shared, chosen)}. " \
-        f"On the test images: {_versus(test, chosen)}, {size}, {counted(len(test), 'seed')}."
+        f"On the test images: {_versus(test, chosen)}, {size}, {counted(len(test), 'seed')}" \
+        f"{'; unlike the table, this interval counts that the parts share training images' if folds else ''}."
     if not math.isfinite(low): return f"{first} One seed cannot tell luck from effect: give more time."
     if low>0: return f"{first} Use {chosen} on these images."
     if high<0: return f"{first} On the test images it is worse: use plain training."
