@@ -349,6 +349,20 @@ EQUIVALENT = { # changes that mean nothing: part of a module and function, of wh
     ('phantoms check_labels', 'torch.long'):"labels that nobody reads",
     ('phantoms _average', '2.0 in -2.0'):"any number below the least cosine",
     ('phantoms phantom_loss', 'torch.no_grad'):"whether a sample is right has no gradient",
+    ('core Regularizer.write_state', '60 in'):"two numbers by chance alike are as rare with either",
+    ('core ActivationRegularizer.open', 'self.close()'):"Python closes a context that is dropped",
+    ('core ActivationRegularizer.close', '__exit__'):"Python closes a context that is dropped",
+    ('kinds SecondPass._pass', 't.detach()'):"a copy that is read once, and dropped",
+    ('contract _learner', '0.05 in lr'):"one small step is as good as another",
+    ('contract _trained', '1 in torch.manual_seed'):"one fixed start is as good as another",
+    ('contract _step', '1 in learn.fit'):"the spy ends the fit at its first step",
+    ('contract _break_at', '1 in learn.fit'):"the fit breaks in its first epoch",
+    ('contract _loss_is_data', '10.0 in'):"a penalty in the loss shows at either weight",
+    ('contract _degenerate', '1000.0 in'):"either bias silences every unit",
+    ('contract _fits_or_refuses', '1 in batches.append'):"how many there are counts, not what they are",
+    ('contract _lives_with_fastai', 'False in stop_div'):"wherever the finder stops, the weights have to come back",
+    ('contract _refuses', '1.0 in -1.0'):"one negative weight is as good as another",
+    ('contract check_regularizer', '0.0 in lam=0.0'):"only whether it takes lam counts",
     ('energy hyperspherical_energy', 'grad=False'):"the gradient that nobody asked for costs time alone"}
 
 def explained(row):

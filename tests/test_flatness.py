@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from phantom_nb.contract import check_regularizer
 from phantom_nb.core import L2Penalty
-from phantom_nb.kinds import SecondPass
+from phantom_nb.kinds import _is_copy, scalar_with_gradients, SecondPass
 from phantom_nb.data import get_dls
 from phantom_nb.plain import attach
 from phantom_nb.regularizers.flatness import AMP, SAM, amp_displacement, sam_displacement
@@ -120,6 +120,38 @@ def test_plain_loop_equals_a_learner():
             (loss+penalty(y, loss=loss, again=lambda: F.cross_entropy(model(x), y))).backward()
             opt.step()
     assert all(torch.allclose(a.float(), b.float(), atol=1e-6) for a,b in zip(model.state_dict().values(), learn.model.state_dict().values()))
+
+def test_a_scalar_has_its_value_its_gradients_and_a_memory_of_its_own():
+    value,w = torch.tensor(3.),torch.ones(2, requires_grad=True)
+    scalar = scalar_with_gradients(value, [torch.tensor([1.,2.])], [w])
+    (5*scalar).backward()
+    with torch.no_grad(): scalar.zero_()
+    assert value==3 and w.grad.tolist()==[5,10]
+
+class Backwards(torch.autograd.Function):
+    "Count backward passes"
+    n = 0
+    @staticmethod
+    def forward(context, x): return x.clone()
+    @staticmethod
+    def backward(context, gradient):
+        Backwards.n += 1
+        return gradient
+
+class Counts(nn.Module):
+    def forward(self, x): return Backwards.apply(x)
+
+def test_sam_alone_goes_back_through_each_graph_once():
+    "Once at the weights and once at the displaced ones, in each of two steps"
+    Backwards.n = 0
+    trained(SAM(.2), model=nn.Sequential(network(), Counts()))
+    assert Backwards.n==4
+
+@pytest.mark.parametrize('make,copied', [(lambda x: x, True), (lambda x: x.clone(), True), (lambda x: x.clone().clone(), True), (lambda x: x+0, False),
+    (lambda x: (x+0).clone(), False), (lambda x: torch.ones(()), False)])
+def test_a_copy_is_made_by_copying_alone(make, copied):
+    x = torch.ones((), requires_grad=True)*2
+    assert _is_copy(make(x), x)==copied
 
 def test_refusals():
     with pytest.raises(ValueError, match='choose one'): trained(SAM(), AMP())
