@@ -33,7 +33,7 @@ def _learner(*cbs, path, bs=32, **kwargs):
     dls = get_dls('digits', n_train=64, n_valid=20, bs=bs, seed=0, device='cpu')
     learn = Learner(dls, model, opt_func=partial(SGD, mom=.9), splitter=lambda m: [params(m[:4]), params(m[4:])],
         cbs=list(cbs), lr=.05, path=path, **kwargs)
-    learn.logger,learn.create_mbar = noop,False
+    learn.logger = noop
     return learn.remove_cbs(learn.cbs.filter(risinstance(ProgressCallback)))
 
 class _Spy(Callback):
@@ -106,7 +106,7 @@ def _accumulates(make, toy):
 def _spoil(w, how):
     "Make the neurons of a weight tensor degenerate"
     if how=='identical': w[1:] = w[:1]
-    if how=='antipodal': w[1::2] = -w[:-1:2][:len(w[1::2])]
+    if how=='antipodal': w[1::2] = -w[:-1:2]
     if how=='some zero': w[::2] = 0
     if how=='all zero': w[:] = 0
 

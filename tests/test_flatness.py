@@ -1,5 +1,7 @@
 "SAM, ASAM and AMP: the second pass leaves no trace, whatever else trains along"
 import copy
+from types import SimpleNamespace
+
 import pytest, torch
 from fastai.basics import Callback, Learner, SGD
 from fastai.callback.training import GradientAccumulation
@@ -66,14 +68,33 @@ def test_accumulation_takes_each_micro_batch_by_itself():
         total = [t+g/2 for t,g in zip(total, torch.autograd.grad(F.cross_entropy(moved(x), y), list(moved.parameters())))]
     assert all(torch.allclose(a, b, atol=1e-6) for a,b in zip(ours, total))
 
-def test_scaled_loss_gives_the_same_gradients():
-    class Scaler:
-        def get_scale(self): return 1024.
-    plain,scaled = learner(SAM(.2)),learner(SAM(.2))
-    scaled.scaler = Scaler()
+class Spare(nn.Module):
+    "A layer that nobody calls, beside a network"
+    def __init__(self):
+        super().__init__()
+        self.net,self.spare = network(),nn.Linear(2, 2)
+    def forward(self, x): return self.net(x)
+
+@pytest.mark.parametrize('scale', [1., 2., 1024.])
+def test_scaled_loss_and_an_unused_layer_give_the_same_gradients(scale):
+    plain,scaled = learner(SAM(.2)),learner(SAM(.2), model=Spare())
+    scaled.scaler,spare = SimpleNamespace(get_scale=lambda: scale),scaled.model.spare.weight.clone()
     for learn in (plain, scaled):
         with learn.no_bar(): learn.fit(1)
+    assert torch.equal(spare, scaled.model.spare.weight)
+    scaled.model = scaled.model.net
     assert same(plain, scaled)
+
+def test_the_record_is_how_much_the_loss_rises():
+    cb = SAM(.2)
+    learn = learner(cb)
+    model,(x,y) = network().train(),next(iter(learner().dls.train))
+    loss = F.cross_entropy(model(x), y)
+    weights = list(model.parameters())
+    step = sam_displacement(weights, torch.autograd.grad(loss, weights), .2)
+    for w,e in zip(weights, step): w.data.add_(e)
+    with learn.no_bar(): learn.fit(1)
+    assert cb.records[0][3]==pytest.approx((F.cross_entropy(model(x), y)-loss).item(), rel=1e-4)
 
 def test_an_error_in_the_second_pass_puts_everything_back():
     class Breaks(SecondPass):
@@ -141,11 +162,43 @@ class Backwards(torch.autograd.Function):
 class Counts(nn.Module):
     def forward(self, x): return Backwards.apply(x)
 
-def test_sam_alone_goes_back_through_each_graph_once():
-    "Once at the weights and once at the displaced ones, in each of two steps"
+@pytest.mark.parametrize('every,n', [(1, 2+2), (2, 2+1)])
+def test_sam_alone_goes_back_through_each_graph_once(every, n):
+    "Once at the weights and once at the displaced ones, in those of two steps that have a second pass"
     Backwards.n = 0
-    trained(SAM(.2), model=nn.Sequential(network(), Counts()))
-    assert Backwards.n==4
+    trained(SAM(.2, every=every), model=nn.Sequential(network(), Counts()))
+    assert Backwards.n==n
+
+def test_a_weight_of_zero_is_plain_training(): assert same(trained(SAM(.2, lam=0.)), trained())
+
+def test_what_a_second_pass_opens_is_closed_before_the_backward_pass():
+    class Opens(SAM):
+        is_open = False
+        def open(self):
+            super().open()
+            self.is_open = True
+        def close(self): self.is_open = False
+    seen,cb = [],Opens(.2)
+    trained(cb, Callback(before_backward=lambda _: seen.append(cb.is_open), after_pred=lambda _: seen.append(cb.is_open)))
+    assert seen==[True,False]*2+[False] # the last one is of the validation
+
+def test_one_that_was_on_a_learner_goes_to_a_loop():
+    "Where the graph of the loss is still needed behind it"
+    cb,model,(x,y) = SAM(.2),network(),learner().dls.one_batch()
+    trained(cb)
+    with attach(model, cb) as penalty:
+        loss = F.cross_entropy(model(x), y)
+        (loss+penalty(y, loss=loss, again=lambda: F.cross_entropy(model(x), y))).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+def test_two_passes_through_one_compiled_graph_are_refused():
+    "Another regularizer makes them two; a compiled network alone, or two regularizers on a plain one, are welcome"
+    def compiled():
+        model = network()
+        model._compiled_call_impl = model._call_impl # as `model.compile()` leaves it
+        return model
+    with pytest.raises(ValueError, match='SAM with L2Penalty goes twice through one graph'): trained(L2Penalty(), SAM(.2), model=compiled())
+    assert same(trained(SAM(.2), model=compiled()), trained(SAM(.2)))
 
 @pytest.mark.parametrize('make,copied', [(lambda x: x, True), (lambda x: x.clone(), True), (lambda x: x.clone().clone(), True), (lambda x: x+0, False),
     (lambda x: (x+0).clone(), False), (lambda x: torch.ones(()), False)])
