@@ -57,6 +57,13 @@ class OtherDropout(SAM):
         if self.lam_now(): torch.rand(1)
         return super()._pass(weights, displacement)
 
+@breaks(1, 'the second pass leaves other weights or running statistics behind')
+class MovesStatistics(SAM):
+    def _pass(self, weights, displacement):
+        result = super()._pass(weights, displacement)
+        next(b for b in self.model.buffers() if b.is_floating_point()).data.add_(1.)
+        return result
+
 @breaks(2, 'the reported training loss contains the penalty')
 class InTheLoss(L2Penalty):
     def after_loss(self):
@@ -406,12 +413,57 @@ def test_the_loss_of_outputs_is_the_learners_or_cross_entropy():
     seen = []
     class Own(L2Penalty):
         def penalty(self):
-            seen.append((self.loss_of(self.learn.pred).item(), self.learn.loss.item()))
+            loss = self.loss_of(self.learn.pred)
+            assert loss.requires_grad
+            seen.append((loss.item(), self.learn.loss.item()))
             return super().penalty()
     with learner(Own(), loss_func=nn.CrossEntropyLoss(label_smoothing=.3)).no_bar() as learn: learn.fit(1)
     model,(x,y) = learn.model,learn.dls.one_batch()
     with attach(model, Own()) as penalty: penalty(y, loss=nn.functional.cross_entropy(model(x), y))
     assert len(seen)==5 and all(a==b for a,b in seen)
+
+def test_a_weight_of_zero_asks_for_no_gradient():
+    "Nothing times an infinite slope were no number"
+    class Root(L2Penalty):
+        def penalty(self): return super().penalty().sqrt()
+    learn = learner(Root(0.))
+    for module in (learn.model[0], learn.model[3]): nn.init.zeros_(module.weight)
+    with learn.no_bar(): learn.fit(1)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_the_norm_of_a_gradient_leaves_the_graph():
+    a,b,unused = torch.tensor([1.,2.], requires_grad=True),torch.tensor(3., requires_grad=True),torch.ones(2, requires_grad=True)
+    loss = a.square().sum()+b**2
+    assert [gradient_norm(loss, parameters).item() for parameters in ([a], [a,b], [unused,b])]==pytest.approx([20**.5, 56**.5, 6])
+    assert a.grad is None and b.grad is None
+
+def test_a_fit_forgets_chooses_and_sets_up_once():
+    seen = []
+    class Says(L2Penalty):
+        def forget(self): seen.append('forget')
+        def select(self):
+            seen.append('select')
+            return super().select()
+        def setup(self): seen.append(f'setup {list(self.selected)}')
+    learn = learner(Says())
+    assert learn.says.state_dict()==dict(steps=0)
+    with learn.no_bar(): learn.fit(2)
+    learn.validate()
+    assert seen==['forget','select',"setup ['0', '3']"]
+
+def test_a_state_of_its_own_is_loaded_again(tmp_path):
+    "Saved and loaded on one learner, the count goes on; a fit without loading counts anew, also behind `lr_find`"
+    learn = learner(L2Penalty(), path=tmp_path)
+    with learn.no_bar():
+        for load,first in ((False,0), (True,4), (False,0)):
+            if load:
+                learn.save('state')
+                learn.load('state')
+            learn.fit(1)
+            assert learn.l2_penalty.to_frame().step.iloc[0]==first
+        learn.fit(2, cbs=LRFinder(num_it=6, stop_div=False))
+        learn.fit(1)
+    assert learn.l2_penalty.to_frame().step.iloc[0]==0
 
 def test_a_scaler_says_what_the_loss_is_multiplied_by():
     learn = learner(L2Penalty())
