@@ -61,7 +61,7 @@ class OtherDropout(SAM):
 class MovesStatistics(SAM):
     def _pass(self, weights, displacement):
         result = super()._pass(weights, displacement)
-        next(b for b in self.model.buffers() if b.is_floating_point()).data.add_(1.)
+        if self.lam_now(): next(b for b in self.model.buffers() if b.is_floating_point()).data.add_(1.)
         return result
 
 @breaks(2, 'the reported training loss contains the penalty')

@@ -168,6 +168,21 @@ def test_sam_alone_goes_back_through_each_graph_once(every, n):
     trained(SAM(.2, every=every), model=nn.Sequential(network(), Counts()))
     assert Backwards.n==n
 
+def test_a_method_may_ask_for_gradients_elsewhere():
+    "Those of a copy of the network with other weights"
+    class Asks(SecondPass):
+        def displacement(self, weights, gradients, gradients_at):
+            steps = [torch.full_like(w, .1) for w in weights]
+            moved = copy.deepcopy(self.model)
+            for p,e in zip(moved.parameters(), steps): p.data.add_(e)
+            with torch.enable_grad(): want = torch.autograd.grad(F.cross_entropy(moved(self.learn.x), self.learn.y), list(moved.parameters()))
+            for a,b in zip(gradients_at(steps), want): torch.testing.assert_close(a, b)
+            seen.append(len(want))
+            return steps
+    seen = []
+    trained(Asks())
+    assert seen==[6, 6]
+
 def test_a_weight_of_zero_is_plain_training(): assert same(trained(SAM(.2, lam=0.)), trained())
 
 def test_what_a_second_pass_opens_is_closed_before_the_backward_pass():
