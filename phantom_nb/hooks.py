@@ -20,8 +20,8 @@ def unwrap(
     model:nn.Module # network, perhaps wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel`
 )->nn.Module: # the network itself
     "Look through the wrappers of a network, however they are nested (PyTorch)."
-    parallel = isinstance(model, (DataParallel, DistributedDataParallel))
-    inner = model.module if parallel else getattr(model, '_orig_mod', None)
+    inner = getattr(model, '_orig_mod', None)
+    if isinstance(model, (DataParallel, DistributedDataParallel)): inner = model.module
     return model if inner is None else unwrap(inner)
 
 def is_compiled(

@@ -167,7 +167,7 @@ class ReplacedLoss(Regularizer):
     )->Tensor: # (B,C) what the loss gets in their place; `pred` itself at lam=0
         raise NotImplementedError(f"{type(self).__name__} must define outputs()")
 
-    def factor(self, lam:float): return self.every*float(lam>0)
+    def factor(self, lam:float): return self.every # the outputs have `lam` in them
     def penalty(self):
         pred = self.learn.pred
         if not isinstance(pred, Tensor):

@@ -465,6 +465,15 @@ def test_a_state_of_its_own_is_loaded_again(tmp_path):
         learn.fit(1)
     assert learn.l2_penalty.to_frame().step.iloc[0]==0
 
+def test_one_parameter_is_enough_to_carry_a_state(tmp_path):
+    learn = learner(L2Penalty(), path=tmp_path)
+    learn.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    with learn.no_bar(): learn.fit(1)
+    learn.save('state')
+    learn.load('state')
+    with learn.no_bar(): learn.fit(1)
+    assert learn.l2_penalty.to_frame().step.tolist()==[4,5,6,7]
+
 def test_a_scaler_says_what_the_loss_is_multiplied_by():
     learn = learner(L2Penalty())
     assert learn.l2_penalty.loss_scale()==1

@@ -1,5 +1,6 @@
 "SAM, ASAM and AMP: the second pass leaves no trace, whatever else trains along"
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest, torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from phantom_nb.core import L2Penalty
-from phantom_nb.kinds import _is_copy, scalar_with_gradients, SecondPass
+from phantom_nb.kinds import _is_copy, _with_random_state, scalar_with_gradients, SecondPass
 from phantom_nb.data import get_dls
 from phantom_nb.plain import attach
 from phantom_nb.regularizers.flatness import AMP, SAM, amp_displacement, sam_displacement
@@ -182,6 +183,28 @@ def test_a_method_may_ask_for_gradients_elsewhere():
     seen = []
     trained(Asks())
     assert seen==[6, 6]
+
+def test_a_layer_that_is_used_at_the_weights_alone_has_no_gradient_elsewhere():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net,self.gate,self.more = network(),nn.Linear(1, 1),nn.Linear(10, 10)
+            nn.init.ones_(self.gate.bias)
+        def forward(self, x):
+            z = self.net(x)*self.gate.bias.abs()
+            return z+self.more(z) if self.gate.bias>0 else z
+    class Closes(SecondPass):
+        def displacement(self, weights, gradients, gradients_at): return [torch.full_like(w, -2. if w.shape==(1,) else 0.) for w in weights]
+    seen = []
+    trained(Closes(), Callback(before_step=lambda cb: seen.append(bool(cb.model.more.weight.grad.abs().max()>1e-6))), model=Gated())
+    assert seen==[False]*2
+
+def test_the_random_state_of_a_gpu_is_put_back_for_the_second_pass(monkeypatch):
+    seen,device = [],torch.device('cuda', 1)
+    monkeypatch.setattr(torch.random, 'fork_rng', lambda devices: nullcontext(seen.append(devices)))
+    monkeypatch.setattr(torch.cuda, 'set_rng_state', lambda *state: seen.append(state))
+    with _with_random_state((device, torch.get_rng_state(), 'of the GPU')): pass
+    assert seen==[[device], ('of the GPU', device)]
 
 def test_a_weight_of_zero_is_plain_training(): assert same(trained(SAM(.2, lam=0.)), trained())
 
