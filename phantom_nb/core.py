@@ -291,7 +291,6 @@ class Regularizer(TrainingCallback):
         self.records = [tuple(v.item() if isinstance(v, Tensor) else v for v in row) for row in self.records]
 
     def after_fit(self):
-        self._starting = False
         if self._before_lr_find is None: return
         self.__dict__.update(self._before_lr_find, _before_lr_find=None, _searched=True)
 

@@ -20,10 +20,9 @@ def unwrap(
     model:nn.Module # network, perhaps wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel`
 )->nn.Module: # the network itself
     "Look through the wrappers of a network, however they are nested (PyTorch)."
-    while True:
-        if (inner := getattr(model, '_orig_mod', None)) is not None: model = inner
-        elif isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
-        else: return model
+    inner = getattr(model, '_orig_mod', None)
+    if isinstance(model, (DataParallel, DistributedDataParallel)): inner = model.module
+    return model if inner is None else unwrap(inner)
 
 def is_compiled(
     model:nn.Module # network

@@ -74,7 +74,7 @@ class SecondPass(Regularizer):
         displacement = self.displacement(self._weights, self._mean(self._here), gradients_at)
         loss,there = self._pass(self._weights, displacement)
         changes = [b-a for a,b in zip(self._here, there)]
-        return scalar_with_gradients(loss-self.learn.loss.detach(), changes, self._weights)
+        return scalar_with_gradients(loss-self.learn.loss, changes, self._weights)
 
     def _mean(self, gradients):
         "Gradients of the batches of all processes, so that they move the weights alike"
@@ -167,7 +167,7 @@ class ReplacedLoss(Regularizer):
     )->Tensor: # (B,C) what the loss gets in their place; `pred` itself at lam=0
         raise NotImplementedError(f"{type(self).__name__} must define outputs()")
 
-    def factor(self, lam:float): return self.every*float(lam>0)
+    def factor(self, lam:float): return self.every # the outputs have `lam` in them
     def penalty(self):
         pred = self.learn.pred
         if not isinstance(pred, Tensor):

@@ -1,14 +1,16 @@
 "SAM, ASAM and AMP: the second pass leaves no trace, whatever else trains along"
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest, torch
 from fastai.basics import Callback, Learner, SGD
 from fastai.callback.training import GradientAccumulation
 from torch import nn
 from torch.nn import functional as F
 
-from phantom_nb.contract import check_regularizer
 from phantom_nb.core import L2Penalty
-from phantom_nb.kinds import SecondPass
+from phantom_nb.kinds import _is_copy, _with_random_state, scalar_with_gradients, SecondPass
 from phantom_nb.data import get_dls
 from phantom_nb.plain import attach
 from phantom_nb.regularizers.flatness import AMP, SAM, amp_displacement, sam_displacement
@@ -66,14 +68,33 @@ def test_accumulation_takes_each_micro_batch_by_itself():
         total = [t+g/2 for t,g in zip(total, torch.autograd.grad(F.cross_entropy(moved(x), y), list(moved.parameters())))]
     assert all(torch.allclose(a, b, atol=1e-6) for a,b in zip(ours, total))
 
-def test_scaled_loss_gives_the_same_gradients():
-    class Scaler:
-        def get_scale(self): return 1024.
-    plain,scaled = learner(SAM(.2)),learner(SAM(.2))
-    scaled.scaler = Scaler()
+class Spare(nn.Module):
+    "A layer that nobody calls, beside a network"
+    def __init__(self):
+        super().__init__()
+        self.net,self.spare = network(),nn.Linear(2, 2)
+    def forward(self, x): return self.net(x)
+
+@pytest.mark.parametrize('scale', [1., 2., 1024.])
+def test_scaled_loss_and_an_unused_layer_give_the_same_gradients(scale):
+    plain,scaled = learner(SAM(.2)),learner(SAM(.2), model=Spare())
+    scaled.scaler,spare = SimpleNamespace(get_scale=lambda: scale),scaled.model.spare.weight.clone()
     for learn in (plain, scaled):
         with learn.no_bar(): learn.fit(1)
+    assert torch.equal(spare, scaled.model.spare.weight)
+    scaled.model = scaled.model.net
     assert same(plain, scaled)
+
+def test_the_record_is_how_much_the_loss_rises():
+    cb = SAM(.2)
+    learn = learner(cb)
+    model,(x,y) = network().train(),next(iter(learner().dls.train))
+    loss = F.cross_entropy(model(x), y)
+    weights = list(model.parameters())
+    step = sam_displacement(weights, torch.autograd.grad(loss, weights), .2)
+    for w,e in zip(weights, step): w.data.add_(e)
+    with learn.no_bar(): learn.fit(1)
+    assert cb.records[0][3]==pytest.approx((F.cross_entropy(model(x), y)-loss).item(), rel=1e-4)
 
 def test_an_error_in_the_second_pass_puts_everything_back():
     class Breaks(SecondPass):
@@ -121,18 +142,109 @@ def test_plain_loop_equals_a_learner():
             opt.step()
     assert all(torch.allclose(a.float(), b.float(), atol=1e-6) for a,b in zip(model.state_dict().values(), learn.model.state_dict().values()))
 
+def test_a_scalar_has_its_value_its_gradients_and_a_memory_of_its_own():
+    value,w = torch.tensor(3.),torch.ones(2, requires_grad=True)
+    scalar = scalar_with_gradients(value, [torch.tensor([1.,2.])], [w])
+    (5*scalar).backward()
+    with torch.no_grad(): scalar.zero_()
+    assert value==3 and w.grad.tolist()==[5,10]
+
+class Backwards(torch.autograd.Function):
+    "Count backward passes"
+    n = 0
+    @staticmethod
+    def forward(context, x): return x.clone()
+    @staticmethod
+    def backward(context, gradient):
+        Backwards.n += 1
+        return gradient
+
+class Counts(nn.Module):
+    def forward(self, x): return Backwards.apply(x)
+
+@pytest.mark.parametrize('every,n', [(1, 2+2), (2, 2+1)])
+def test_sam_alone_goes_back_through_each_graph_once(every, n):
+    "Once at the weights and once at the displaced ones, in those of two steps that have a second pass"
+    Backwards.n = 0
+    trained(SAM(.2, every=every), model=nn.Sequential(network(), Counts()))
+    assert Backwards.n==n
+
+def test_a_method_may_ask_for_gradients_elsewhere():
+    "Those of a copy of the network with other weights"
+    class Asks(SecondPass):
+        def displacement(self, weights, gradients, gradients_at):
+            steps = [torch.full_like(w, .1) for w in weights]
+            moved = copy.deepcopy(self.model)
+            for p,e in zip(moved.parameters(), steps): p.data.add_(e)
+            with torch.enable_grad(): want = torch.autograd.grad(F.cross_entropy(moved(self.learn.x), self.learn.y), list(moved.parameters()))
+            for a,b in zip(gradients_at(steps), want): torch.testing.assert_close(a, b)
+            seen.append(len(want))
+            return steps
+    seen = []
+    trained(Asks())
+    assert seen==[6, 6]
+
+def test_a_layer_that_is_used_at_the_weights_alone_has_no_gradient_elsewhere():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net,self.gate,self.more = network(),nn.Linear(1, 1),nn.Linear(10, 10)
+            nn.init.ones_(self.gate.bias)
+        def forward(self, x):
+            z = self.net(x)*self.gate.bias.abs()
+            return z+self.more(z) if self.gate.bias>0 else z
+    class Closes(SecondPass):
+        def displacement(self, weights, gradients, gradients_at): return [torch.full_like(w, -2. if w.shape==(1,) else 0.) for w in weights]
+    seen = []
+    trained(Closes(), Callback(before_step=lambda cb: seen.append(bool(cb.model.more.weight.grad.abs().max()>1e-6))), model=Gated())
+    assert seen==[False]*2
+
+def test_the_random_state_of_a_gpu_is_put_back_for_the_second_pass(monkeypatch):
+    seen,device = [],torch.device('cuda', 1)
+    monkeypatch.setattr(torch.random, 'fork_rng', lambda devices: nullcontext(seen.append(devices)))
+    monkeypatch.setattr(torch.cuda, 'set_rng_state', lambda *state: seen.append(state))
+    with _with_random_state((device, torch.get_rng_state(), 'of the GPU')): pass
+    assert seen==[[device], ('of the GPU', device)]
+
+def test_a_weight_of_zero_is_plain_training(): assert same(trained(SAM(.2, lam=0.)), trained())
+
+def test_what_a_second_pass_opens_is_closed_before_the_backward_pass():
+    class Opens(SAM):
+        is_open = False
+        def open(self):
+            super().open()
+            self.is_open = True
+        def close(self): self.is_open = False
+    seen,cb = [],Opens(.2)
+    trained(cb, Callback(before_backward=lambda _: seen.append(cb.is_open), after_pred=lambda _: seen.append(cb.is_open)))
+    assert seen==[True,False]*2+[False] # the last one is of the validation
+
+def test_one_that_was_on_a_learner_goes_to_a_loop():
+    "Where the graph of the loss is still needed behind it"
+    cb,model,(x,y) = SAM(.2),network(),learner().dls.one_batch()
+    trained(cb)
+    with attach(model, cb) as penalty:
+        loss = F.cross_entropy(model(x), y)
+        (loss+penalty(y, loss=loss, again=lambda: F.cross_entropy(model(x), y))).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+def test_two_passes_through_one_compiled_graph_are_refused():
+    "Another regularizer makes them two; a compiled network alone, or two regularizers on a plain one, are welcome"
+    def compiled():
+        model = network()
+        model._compiled_call_impl = model._call_impl # as `model.compile()` leaves it
+        return model
+    with pytest.raises(ValueError, match='SAM with L2Penalty goes twice through one graph'): trained(L2Penalty(), SAM(.2), model=compiled())
+    assert same(trained(SAM(.2), model=compiled()), trained(SAM(.2)))
+
+@pytest.mark.parametrize('make,copied', [(lambda x: x, True), (lambda x: x.clone(), True), (lambda x: x.clone().clone(), True), (lambda x: x+0, False),
+    (lambda x: (x+0).clone(), False), (lambda x: torch.ones(()), False)])
+def test_a_copy_is_made_by_copying_alone(make, copied):
+    x = torch.ones((), requires_grad=True)*2
+    assert _is_copy(make(x), x)==copied
+
 def test_refusals():
     with pytest.raises(ValueError, match='choose one'): trained(SAM(), AMP())
     with pytest.raises(ValueError, match='rho=-1'): SAM(rho=-1)
     with pytest.raises(ValueError, match='steps=0'): AMP(steps=0)
     with attach(network(), SAM()) as penalty, pytest.raises(ValueError, match='again='): penalty()
-
-def test_the_contract_words_its_promises(): assert 'running statistics' in check_regularizer(SAM, points=[1]).promise[1]
-
-def test_the_contract_catches_a_second_pass_that_leaves_traces():
-    class MovesStatistics(SAM):
-        def _pass(self, weights, displacement):
-            result = super()._pass(weights, displacement)
-            next(b for b in self.model.buffers() if b.is_floating_point()).add_(1.)
-            return result
-    with pytest.raises(AssertionError, match='running statistics'): check_regularizer(MovesStatistics, points=[1])

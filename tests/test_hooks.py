@@ -1,11 +1,13 @@
 "The one way to catch activations, and the one way to refuse a value"
+from contextlib import ExitStack
+
 import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch import nn
 
 from phantom_nb.checks import number, one_of, share, whole
-from phantom_nb.hooks import catch, evaluating, is_compiled, unwrap
+from phantom_nb.hooks import catch, compiled_words, evaluating, is_compiled, unwrap
 
 
 class Twice(nn.Module):
@@ -51,6 +53,52 @@ def test_wrappers_are_looked_through():
     assert is_compiled(nn.Sequential(compiled)) and not is_compiled(nn.Sequential(net))
     net.compile()
     assert is_compiled(nn.Sequential(net))
+
+def test_compiled_code_is_said_to_call_no_hooks():
+    assert compiled_words(nn.Linear(2, 2))=='' and 'train without compile' in compiled_words(nn.Sequential(torch.compile(nn.Linear(2, 2))))
+
+class Starts(nn.Module):
+    "Begins to watch the network that it is a part of"
+    def __init__(self, start):
+        super().__init__()
+        self.start = start
+    def forward(self, x):
+        self.start()
+        return F.silu(x)
+
+def test_watching_may_begin_and_end_within_a_forward_pass():
+    "Modules that were entered before are left without a word, and what comes behind has its name"
+    seen = []
+    with ExitStack() as stack:
+        def start():
+            if not seen: stack.enter_context(catch(model, {'0':model[0], '1':model[1]}, {F.silu:'silu'}, after=lambda c: seen.append((c.name, c.function))))
+        model = nn.Sequential(Starts(start), nn.SiLU())
+        for module in (model, model[0]): module.register_forward_hook(lambda *_: None) # else PyTorch looks for no hooks behind a forward pass
+        model(torch.randn(2, 3))
+        assert seen==[('silu','silu'), ('1:2','silu'), ('1','')]
+        seen[1:] = []
+        model(torch.randn(2, 3))
+    assert seen[1:]==[('0:2','silu'), ('0',''), ('1:2','silu'), ('1','')] and n_hooks(model)==2
+
+def test_a_function_outside_of_the_network_has_no_module_also_after_an_error():
+    model,seen = nn.Sequential(Twice(), nn.SiLU()),[]
+    with catch(model, functions={F.silu:'silu'}, after=lambda c: seen.append((c.name, c.module))):
+        with pytest.raises(RuntimeError): model(torch.randn(4, 2)) # in the midst of it
+        model(torch.randn(4, 3))
+        F.silu(torch.randn(3))
+    assert [name for name,_ in seen]==['0.silu','1','silu'] and seen[-1][1] is model
+
+def test_calls_have_their_input_whether_by_place_or_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Linear(3, 3)
+        def forward(self, x): return F.silu(input=self.part(input=x))
+    model,x,seen = Named(),torch.randn(4, 3),[]
+    def look(call): seen.append((call.name, call.function, call.x, call.out))
+    with catch(model, {'part':model.part}, {F.silu:'silu'}, before=look, after=look): out = model(x)
+    assert [s[:2] for s in seen]==[('part',''), ('part',''), ('silu','silu'), ('silu','silu')]
+    assert seen[0][2] is x and seen[0][3] is None and seen[2][2] is seen[1][3] and seen[2][3] is None and seen[3][3] is out
 
 def test_evaluating_restores_each_mode_after_an_error():
     model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())

@@ -1,6 +1,7 @@
 "ISDA: logits, moments, and what is refused"
+import copy
 import pytest, torch
-from fastai.basics import Learner, SGD
+from fastai.basics import Callback, Learner, SGD
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from hypothesis import given, settings, strategies as st
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from phantom_nb.data import get_dls
+from phantom_nb.kinds import ReplacedLoss
 from phantom_nb.plain import attach
 from phantom_nb.regularizers.semantic import ISDA, isda_logits, merge_moments
 
@@ -72,6 +74,44 @@ def test_moments_begin_anew_with_a_fit_and_count_every_image():
 def test_the_learners_own_loss_is_moved():
     penalties = [fit(ISDA(5.), loss_func=loss).isda.records[1][3] for loss in (None, LabelSmoothingCrossEntropyFlat(eps=.3))]
     assert all(p>0 for p in penalties) and penalties[0]!=penalties[1]
+
+class Sharper(ReplacedLoss):
+    "The loss of steeper logits"
+    def outputs(self, pred, lam):
+        assert pred.dtype==torch.float32
+        return (1+lam)*pred
+
+@pytest.mark.parametrize('lam,every', [(0.,1), (.5,1), (.5,2), (2.,2)])
+def test_the_gradient_is_that_of_the_replaced_loss(lam, every):
+    "Every second step has the change twice, so that the mean is right; without a weight nothing changes"
+    learn,seen = fit(epochs=0),[]
+    model,loss = learn.model,F.cross_entropy
+    def step(cb):
+        z = copy.deepcopy(model)(cb.x)
+        plain,sharper = loss(z, cb.y),loss(z*(1+lam), cb.y)
+        factor = every if cb.train_iter%every==0 and lam else 0
+        want = torch.autograd.grad(plain+factor*(sharper-plain), z)[0]
+        found = torch.autograd.grad(cb.learn.loss_grad, cb.pred, retain_graph=True)[0]
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-7)
+        seen.append((cb.learn.loss-plain).abs().item()<1e-6)
+    with learn.no_bar(), learn.added_cbs([Sharper(lam, every=every), Callback(before_backward=step)]): learn.fit(1)
+    assert seen==[True]*2
+
+def test_outputs_of_half_precision_are_computed_in_full():
+    model,x,y = nn.Linear(4, 3),100*torch.randn(5, 4),torch.arange(5)%3
+    with attach(model, Sharper(.5)) as penalty:
+        z = model(x).bfloat16()
+        assert penalty(y, pred=z).item()==(F.cross_entropy(1.5*z.float(), y)-F.cross_entropy(z.float(), y)).item()
+
+def test_outputs_that_are_no_logits_are_refused():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        def forward(self, x): return self.net(x),x
+    learn = fit(epochs=0)
+    learn.model,learn.loss_func = Two(),lambda pred, y: F.cross_entropy(pred[0], y)
+    with pytest.raises(ValueError, match='gives a tuple: Sharper needs logits'), learn.no_bar(), learn.added_cbs(Sharper()): learn.fit(1)
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_mixed_labels_are_refused(mix):
