@@ -12,6 +12,7 @@ __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', '
 
 # %% ../nbs/cli.ipynb #3b88872f
 import inspect, os, re, signal, sys, warnings
+from errno import EDQUOT, ENOSPC
 from itertools import starmap
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args
@@ -638,4 +639,6 @@ def main(
         warnings.showwarning = _show_warning
         try: app(_understood(sys.argv[1:] if args is None else list(args)))
         except (ValueError, ImportError) as e: _stop(e) # also a missing extra
-        except OSError as e: _stop(f"{e.filename}: {e.strerror}" if e.filename else e) # not there, full, not writable
+        except OSError as e: # not there, full, not writable
+            more = '. What is finished is kept: make room and repeat the command'*(e.errno in (ENOSPC, EDQUOT))
+            _stop(f"{f'{e.filename}: {e.strerror}' if e.filename else e}{more}")

@@ -129,6 +129,55 @@ def test_ray_gives_the_rows_of_local(tmp_path):
     assert a[['accuracy','loss','train_loss']].equals(b[['accuracy','loss','train_loss']])
     assert len(list((tmp_path/'ray').glob('*.json')))==3
 
+NODES = '''
+import sys
+from ray.cluster_utils import Cluster
+from phantom_nb.experiments.runner import Run, run_many
+if __name__=='__main__':
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1))
+    other = cluster.add_node(num_cpus=1)
+    specs = [Run(epochs=150, n_train=200, method='half_mhe', seed=i) for i in range(4)]
+    def told(row):
+        print(row['seed'], flush=True)
+        if other in cluster.worker_nodes: cluster.remove_node(other, allow_graceful=False) # SIGKILL
+    run_many(specs, engine='ray', jobs=1, store=sys.argv[1], address=cluster.address, on_row=told)
+    print('end', len(cluster.worker_nodes), flush=True)
+'''
+
+def test_a_killed_node_of_a_cluster_loses_nothing(whole, tmp_path):
+    "Two nodes on this machine; with the first result, one of them is killed, raylet, workers and all"
+    pytest.importorskip('ray')
+    env = {**os.environ, 'PYTHONPATH':str(ROOT), 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO':'0'}
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', NODES, str(tmp_path)], env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode==0 and done.stdout.rstrip().endswith('end 0'), done.stdout+done.stderr
+    check(tmp_path, whole, {}, {})
+
+FULL = '''
+mount -t tmpfs -o size=3m full "$1" || exit 77
+head -c 3135000 /dev/zero > "$1/filler"
+"$3" -c "from phantom_nb.cli import main; main()" sweep "$2" --out "$1/out" --jobs 2 --engine "$4"
+echo "status $? rows $(ls $1/out/runs/*.json | wc -l)"
+rm "$1/filler"
+"$3" -c "from phantom_nb.cli import main; main()" sweep "$2" --out "$1/out" --jobs 2 --engine "$4"
+echo "status $? rows $(ls $1/out/runs/*.json | wc -l)"
+'''
+
+@pytest.mark.skipif(not shutil.which('unshare'), reason="a disk of its own needs Linux's user namespaces")
+@pytest.mark.parametrize('engine', ['local','ray'])
+def test_a_full_disk_ends_a_sweep_with_a_sentence(engine, tmp_path):
+    "Three megabytes, of which two rows are free; when there is room, the same command goes on with the other four"
+    if engine=='ray': pytest.importorskip('ray')
+    file,disk = tmp_path/'six.toml',tmp_path/'disk'
+    disk.mkdir()
+    file.write_text('data = "digits"\nn_train = 40\nmethods = ["none","mixup"]\nseeds = 3\nepochs = 3\n')
+    env = {**os.environ, 'PYTHONPATH':str(ROOT), 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO':'0'}
+    done = subprocess.run(['unshare', '-Urm', 'sh', '-c', FULL, 'sh', str(disk), str(file), sys.executable, engine], env=env,
+        capture_output=True, text=True, timeout=400)
+    if done.returncode==77: pytest.skip("no file system can be mounted here")
+    told = ' '.join(done.stderr.split())
+    assert done.stdout.count('status')==2 and 'status 2 rows 2' in done.stdout and 'status 0 rows 6' in done.stdout, done.stdout+done.stderr
+    assert 'No space left on device. What is finished is kept: make room' in told and 'Traceback' not in told and 'File "' not in told
+
 def test_a_run_in_other_hands_is_passed_over_and_waited_for(tmp_path):
     a,b = [replace(QUICK, seed=i) for i in range(2)]
     name,held,finish = f'{a.method}-{a.seed}-{a.key}',threading.Event(),threading.Event()

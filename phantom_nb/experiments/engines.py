@@ -106,14 +106,17 @@ def ray_engine(
     except ImportError as e: raise ValueError("engine='ray' needs Ray: pip install 'phantom_nb[cluster]'") from e
     ours = not ray.is_initialized()
     size = dict[str,Any]() if address else dict[str,Any](num_cpus=jobs*threads, include_dashboard=False)
-    if ours: ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **size)
+    if ours: ray.init(address or 'local', log_to_driver=False, logging_level=logging.ERROR, **size)
     gpus = 1/RUNS_PER_GPU if ray.cluster_resources().get('GPU') else 0
-    task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries)(_call)
+    most = max(node['Resources'].get('CPU', 0) for node in ray.nodes() if node['Alive'])
+    task = ray.remote(num_cpus=min(threads, most), num_gpus=gpus, max_retries=retries)(_call)
     try:
         left = [task.remote(work, *pair) for pair in pairs]
         while left:
             ready,left = ray.wait(left)
-            yield ray.get(ready[0])
+            try: result = ray.get(ready[0])
+            except ray.exceptions.RayTaskError as e: raise e.cause from None # what the work raised
+            yield result
     finally:
         if ours: ray.shutdown()
 
