@@ -75,6 +75,7 @@ def batches(n):
 def test_capture_of_a_large_network_holds_no_data():
     "Sixty batches of a loader, one at a time: what is kept is a few numbers an image"
     assert within(120, CAPTURE, 'capture(model, batches(2))', "acts = capture(model, batches(60), layers=lambda name, m: name.startswith('layer4')) or 1")
+    assert not within(120, CAPTURE, 'capture(model, batches(2))', 'acts = [model.conv1(x).detach() for x,_ in batches(60)]'), "the limit does not hold"
 
 def test_a_hundred_thousand_rows_are_read_filtered_and_drawn_in_seconds(tmp_path):
     n = 20_000 # a fifth of them, in a fifth of the time
