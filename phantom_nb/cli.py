@@ -307,6 +307,10 @@ def _say(console, sentence, style=None):
     "Print a sentence; a file gets it on one line"
     console.print(sentence, style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
+def _judged_on(df):
+    "The accuracy that decides: on test images where there are any, else on validation images"
+    return 'accuracy' if 'accuracy' in df else 'valid_accuracy'
+
 def _write_page(console, runs, recorded, path):
     "Write what a comparison shows, and what to try next, as a page, if there is something to compare"
     from phantom_nb.experiments.comparison_page import comparison_html
@@ -315,8 +319,7 @@ def _write_page(console, runs, recorded, path):
     if df is None or not len(df): return
     df = df[df.key.isin([run.key for run in runs]) & (df.status=='done')]
     if df.method.nunique()<2 or 'none' not in set(df.method): return
-    metric = 'accuracy' if 'accuracy' in df else 'valid_accuracy'
-    write_atomic(path, comparison_html(df, f"{path.parent.name}: a comparison", metric=metric))
+    write_atomic(path, comparison_html(df, f"{path.parent.name}: a comparison", metric=_judged_on(df)))
     _say(console, f"Page: {path}")
 
 def _compare_folder(data, n_train):
@@ -399,8 +402,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
         except KeyboardInterrupt: code = _stopped()
     df = load_results(out/'results.jsonl') if (out/'results.jsonl').exists() else None
     there = 0 if df is None else len(df)
-    metric = 'valid_accuracy' if df is None or 'accuracy' not in df else 'accuracy'
-    if df is not None and there: show_results(df, console, metric=metric, planned=run_rows(experiment.runs))
+    if df is not None and there: show_results(df, console, metric=_judged_on(df), planned=run_rows(experiment.runs))
     if sentence := _others_words(out, df): _say(console, sentence)
     if there<n: _say(console, f"{there} of {plan.counted(n, 'run')} are in. The same command goes on from here.")
     if there: _say(console, f"Rows: {out/'results.jsonl'}")
@@ -454,7 +456,7 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric=None,
     with Refusals() as check:
         if not len(df): raise ValueError(f"no runs in {path}")
         for column in columns or []: check(one_of, 'over', column, df)
-        metric = metric or ('accuracy' if 'accuracy' in df else 'valid_accuracy')
+        metric = metric or _judged_on(df)
         check(one_of, '--metric', metric, [*df.select_dtypes('number')])
         df = check(filter_rows, df, where)
         if df is not None and not len(df): check.refuse(f"no runs in {path} with {' and '.join(where or [])}")

@@ -85,8 +85,8 @@ def _ground(df, baseline):
         if name in ('gap','ece','norm') or name not in bands or not np.isfinite(value): continue
         if 5<=percentile_in(bands[name], value)<=95: continue
         low,high = (bands[name][LEVELS.index(level)] for level in (5, 95))
-        yield Finding('see', f"{sentence_start(QUANTITIES[name])} is {value:.4g} in plain training; nine in ten recorded networks "
-            f"have {low:.4g} to {high:.4g}.")
+        yield Finding('see', f"{sentence_start(QUANTITIES[name])} is {value:.4g} in plain training; nine in ten "
+            f"recorded networks have {low:.4g} to {high:.4g}.")
 
 def judge_comparison(
     df:pd.DataFrame, # recorded runs of one setting

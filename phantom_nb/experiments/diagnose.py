@@ -341,7 +341,7 @@ def diagnose(
     images = _scaled(torch.cat([x for x,_ in held]))
     n_train = whole('n_train', len(train.dataset) if n_train is None else n_train)
     found = Diagnosis(names, n_train, train_told, judged, {q:quantities.get(q, math.nan) for q in QUANTITIES},
-        *(_titled(part, model) for part in (table.drop('network'), activations, layer_weights(model))),
+        _titled(table.drop('network'), model), _titled(activations, model), _titled(layer_weights(model), model),
         confused_pairs(judged['logits'], judged['y'], names, images), pd.DataFrame() if curves is None else curves,
         shares,
         load_bands(n_train, sum(p.numel() for p in model.parameters())), title or type(model).__name__)

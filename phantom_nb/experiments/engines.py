@@ -38,25 +38,24 @@ def _end_with_parent():
     threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 @contextmanager
-def _deaf_to_interrupts():
-    "Ignore Ctrl-C for a moment, and for ever in the processes that start meanwhile, which inherit this"
+def _interrupts(handler):
+    "Handle Ctrl-C in a way of its own within a block; only the main thread can"
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    before = signal.signal(signal.SIGINT, handler) if main else None
     try: yield
     finally:
         if main: signal.signal(signal.SIGINT, before)
 
-@contextmanager
+def _deaf_to_interrupts():
+    "Ignore Ctrl-C for a moment, and for ever in the processes that start meanwhile, which inherit this"
+    return _interrupts(signal.SIG_IGN)
+
 def _one_interrupt():
     "Hear the first Ctrl-C, and none of those that follow until the block has ended"
     def stop(*_):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, stop) if main else None
-    try: yield
-    finally:
-        if main: signal.signal(signal.SIGINT, before)
+    return _interrupts(stop)
 
 def _kill_workers():
     "End all workers"
