@@ -349,7 +349,23 @@ EQUIVALENT = { # changes that mean nothing: part of a module and function, of wh
     ('phantoms check_labels', 'torch.long'):"labels that nobody reads",
     ('phantoms _average', '2.0 in -2.0'):"any number below the least cosine",
     ('phantoms phantom_loss', 'torch.no_grad'):"whether a sample is right has no gradient",
-    ('energy hyperspherical_energy', 'grad=False'):"the gradient that nobody asked for costs time alone"}
+    ('energy hyperspherical_energy', 'grad=False'):"the gradient that nobody asked for costs time alone",
+    ('sharpness _sample', '0 in batch[0]'):"a batch has as many labels as inputs",
+    ('sharpness _bisect', '1.002'):"exactly met by chance alone",
+    ('sparsity_monitor LayerMeters.open', 'self.close()'):"Python closes a context that is dropped",
+    ('sparsity_monitor LayerMeters.close', '__exit__'):"Python closes a context that is dropped",
+    ('sparsity_monitor SparsityMonitor.watch', 'counts[split] += 1'):"counts backwards in the same rhythm",
+    ('smoothness GradientPenalty.close', '__exit__'):"Python closes a context that is dropped",
+    ('smoothness SpectralPenalty.close', '__exit__'):"Python closes a context that is dropped",
+    ('smoothness GradientPenalty._values', '.long'):"numbers that fit either type",
+    ('smoothness spectral_norm', 'manual_seed(0)'):"one fixed start is as good as another",
+    ('smoothness SpectralPenalty._norm', 'manual_seed(0)'):"one fixed start is as good as another",
+    ('smoothness SpectralPenalty._norm', 'out.detach'):"a vector of length 1 changes at right angles to itself, which adds nothing to the product",
+    ('capture _run', 'return outputs'):"outputs are detached where they are read",
+    ('ranking _codes', '0 in (len(df), 0)'):"a column of one value splits no group",
+    ('ranking _granulated', '.sum(1)'):"what is summed is symmetric",
+    ('ranking _information', '1 in np.add.at'):"shares of pairs are the same, however much each counts",
+    ('ranking _least_share', 'group[i] * (group.max() + 1)'):"numbers pairs of groups as well: a fraction below 1 and a whole number"}
 
 def explained(row):
     "A row whose survivors say why they mean nothing, where they do"
