@@ -382,7 +382,23 @@ EQUIVALENT = { # changes that mean nothing: part of a module and function, of wh
     ('contract _lives_with_fastai', 'False in stop_div'):"wherever the finder stops, the weights have to come back",
     ('contract _refuses', '1.0 in -1.0'):"one negative weight is as good as another",
     ('contract check_regularizer', '0.0 in lam=0.0'):"only whether it takes lam counts",
-    ('energy hyperspherical_energy', 'grad=False'):"the gradient that nobody asked for costs time alone"}
+    ('energy hyperspherical_energy', 'grad=False'):"the gradient that nobody asked for costs time alone",
+    ('sharpness _sample', '0 in batch[0]'):"a batch has as many labels as inputs",
+    ('sharpness _bisect', '1.002'):"exactly met by chance alone",
+    ('sparsity_monitor LayerMeters.open', 'self.close()'):"Python closes a context that is dropped",
+    ('sparsity_monitor LayerMeters.close', '__exit__'):"Python closes a context that is dropped",
+    ('sparsity_monitor SparsityMonitor.watch', 'counts[split] += 1'):"counts backwards in the same rhythm",
+    ('smoothness GradientPenalty.close', '__exit__'):"Python closes a context that is dropped",
+    ('smoothness SpectralPenalty.close', '__exit__'):"Python closes a context that is dropped",
+    ('smoothness GradientPenalty._values', '.long'):"numbers that fit either type",
+    ('smoothness spectral_norm', 'manual_seed(0)'):"one fixed start is as good as another",
+    ('smoothness SpectralPenalty._norm', 'manual_seed(0)'):"one fixed start is as good as another",
+    ('smoothness SpectralPenalty._norm', 'out.detach'):"a vector of length 1 changes at right angles to itself, which adds nothing to the product",
+    ('capture _run', 'return outputs'):"outputs are detached where they are read",
+    ('ranking _codes', '0 in (len(df), 0)'):"a column of one value splits no group",
+    ('ranking _granulated', '.sum(1)'):"what is summed is symmetric",
+    ('ranking _information', '1 in np.add.at'):"shares of pairs are the same, however much each counts",
+    ('ranking _least_share', 'group[i] * (group.max() + 1)'):"numbers pairs of groups as well: a fraction below 1 and a whole number"}
 
 def explained(row):
     "A row whose survivors say why they mean nothing, where they do"

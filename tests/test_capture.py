@@ -169,7 +169,30 @@ def test_linear_functions_do_not_count_in_the_names_of_activations():
     acts,out = capture_with_outputs(TwoHeads(), [x[:2], x[2:]])
     assert list(acts)==['leaf'] and torch.equal(acts['leaf'], x) and torch.equal(out, x.relu())
 
-def test_activations_outside_the_network_are_none_of_its_own():
+@pytest.mark.parametrize('bs', [1, 2])
+def test_activations_outside_the_network_are_none_of_its_own(bs):
     "Batches that are made by a generator, with activation functions of its own"
     net,x = create_model('small_cnn', 3, size=32),images()
-    assert list(capture(net, (F.relu(part) for part in x.split(2))))==list(capture(net, [x]))
+    assert list(capture(net, (F.relu(part) for part in x.split(bs))))==list(capture(net, [x]))
+
+def test_the_table_says_how_large_the_maps_are():
+    class Net(nn.Module):
+        "A map, tokens behind a linear layer, and units"
+        def __init__(self):
+            super().__init__()
+            self.conv,self.fc = nn.Conv2d(3, 4, 3),nn.Linear(4, 5)
+        def forward(self, x):
+            x = self.fc(F.relu(self.conv(x)).flatten(2).mT)
+            return F.relu(F.gelu(x).mean(1))
+    table = find_activations(Net(), torch.randn(2, 3, 6, 9))
+    assert table.units.tolist()==[4,5,5] and table['map'].tolist()==['4×7','28','']
+
+def test_values_have_no_graph_even_where_the_network_makes_one():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv,self.relu = nn.Conv2d(3, 4, 3),nn.ReLU()
+        @torch.enable_grad()
+        def forward(self, x): return self.relu(self.conv(x))
+    acts,out = capture_with_outputs(Graph(), [images()])
+    assert not acts['relu'].requires_grad and not out.requires_grad

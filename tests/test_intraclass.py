@@ -1,14 +1,15 @@
 "The monitor and the report on learners of all kinds: nothing of the training changes, wrong input is refused; the command"
 import fastai.callback.schedule # chkstyle: ignore
 import matplotlib.pyplot, numpy as np, pytest, torch
-from fastai.basics import DataLoaders, Learner, MSELossFlat
+from fastai.basics import DataLoaders, Learner, MSELossFlat, Transform
 from fastai.callback.progress import ProgressCallback
+from fastai.data.core import Datasets
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from phantom_nb.data import available, get_dls
 from phantom_nb.measures.intraclass import IntraclassMonitor, capture, intraclass_report, sample_batches, variance_ratio
-from phantom_nb.measures.intraclass import subclass_silhouette
+from phantom_nb.measures.intraclass import interpolation_drop, subclass_silhouette, unit_variance_ratio
 from phantom_nb.models import create_model
 
 matplotlib.use('agg')
@@ -53,6 +54,34 @@ def test_sample_is_random_unaugmented_and_fixed():
     plain = dls.train.new(shuffle=False, bs=300).one_batch()[0][idx]
     assert torch.equal(torch.cat([x for x,_ in a]), plain)
     assert idx.max()>200 and not torch.equal(idx, sample_batches(dls.train, 40, seed=1)[1])
+
+def test_sample_is_transformed_as_for_validation():
+    class Augment(Transform):
+        split_idx = 0
+        def encodes(self, x): return x+100
+    class Crop(Transform):
+        split_idx = 1
+        def encodes(self, x): return 2*x
+    data = Datasets(range(20), [[lambda i: torch.tensor([float(i)]), Augment, Crop], [lambda i: i%2]], splits=[range(12),range(12,20)])
+    batches,idx = sample_batches(data.dataloaders(bs=4).train, 6)
+    assert torch.equal(torch.cat([x for x,_ in batches])[:,0], 2.*idx)
+
+def test_c0_is_that_of_the_networks_probabilities():
+    learn = learner(IntraclassMonitor(n=40, interpolate=True, seed=3))
+    learn.fit(1, 1e-2)
+    (batches,idx),model = sample_batches(learn.dls.train, 40, 3),learn.model.eval()
+    x,y = [torch.cat(parts) for parts in zip(*batches)]
+    with torch.no_grad():
+        want = interpolation_drop(lambda x: model(x).softmax(1), x, y, learn.dls.train_ds.fine[idx], torch.Generator().manual_seed(3))
+    assert learn.intraclass_monitor.to_frame().c0.iloc[-1]==pytest.approx(want, rel=1e-6)
+
+def test_the_report_shows_the_unit_that_varies_most():
+    learn = learner()
+    fig = intraclass_report(learn, n=60)[1]
+    batches,_ = sample_batches(learn.dls.train, 60)
+    ratios = {layer:unit_variance_ratio(a, torch.cat([y for _,y in batches])) for layer,a in capture(learn.model, batches).items()}
+    layer,most = max(ratios.items(), key=lambda item: item[1].max())
+    assert fig.axes[2].get_title()==f'unit {most.amax(0).argmax()} of {layer}, largest c3'
 
 def test_epochs_that_are_measured():
     learn = learner(IntraclassMonitor(n=30, every=2))
@@ -114,7 +143,7 @@ def test_refused_at_once():
 
 def test_labels_that_are_no_classes():
     dl = DataLoader(TensorDataset(torch.randn(20, 1, 8, 8), torch.randn(20, 2)), 5)
-    with pytest.raises(ValueError, match='one class a sample'): intraclass_report(learner(dls=DataLoaders(dl, dl), loss_func=MSELossFlat()))
+    with pytest.raises(ValueError, match=r'labels are \(5, 2\) torch.float32: .* one class a sample'): intraclass_report(learner(dls=DataLoaders(dl, dl), loss_func=MSELossFlat()))
 
 
 # phantom_nb measure

@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
 from phantom_nb.measures.ranking import bootstrap_draws, bootstrap_interval, bootstrap_p, conditional_information
-from phantom_nb.measures.ranking import granulated_kendall, kendall, rank_measures, rank_scores
+from phantom_nb.measures.ranking import granulated_draws, granulated_kendall, kendall, rank_measures, rank_scores
 
 REF = json.loads((Path(__file__).parent/'reference/intraclass.json').read_text())['kendall']
 RUNS = pd.DataFrame(REF['params']).assign(m=REF['measure'], acc=REF['test_accuracy'])
@@ -21,13 +21,13 @@ def test_parity_with_the_authors_code():
     assert kendall(RUNS, 'm', 'acc')==pytest.approx(REF['plain'], abs=1e-12)
 
 def loop(df, hyper):
-    "The authors' algorithm in words: groups, all ordered pairs, signs with copysign, pairs tied in both skipped"
+    "The authors' algorithm in words: groups, all ordered pairs, signs, pairs tied in both skipped; those that differ in nothing, too"
     out = {}
     for h in hyper:
         coeffs = []
         for _,g in df.groupby([o for o in hyper if o!=h], dropna=False):
-            pairs = [(a,b) for a,b in product(zip(g.m, g.acc), repeat=2) if a!=b]
-            if pairs: coeffs.append(np.mean([math.copysign(1, a[0]-b[0])*math.copysign(1, a[1]-b[1]) for a,b in pairs]))
+            pairs = [(a,b) for a,b in product(zip(g[h], g.m, g.acc), repeat=2) if a[0]!=b[0] and a[1:]!=b[1:]]
+            if pairs: coeffs.append(np.mean([np.sign(a[1]-b[1])*np.sign(a[2]-b[2]) for a,b in pairs]))
         out[h] = np.mean(coeffs)
     return out
 
@@ -35,7 +35,8 @@ def loop(df, hyper):
 @given(seed=st.integers(0, 10**6), levels=st.integers(2, 6))
 def test_against_a_loop_with_ties(seed, levels):
     rng = np.random.default_rng(seed)
-    df = pd.DataFrame(list(product(range(3), 'ab', (.1,.2))), columns=['x','y','z']).sample(11, random_state=seed)
+    df = pd.DataFrame(list(product(range(3), 'ab', (.1,.2))), columns=['x','y','z'])
+    df = df.sample(11, random_state=seed, replace=bool(seed%2)) # some settings more than once, as with seeds
     df = df.assign(m=rng.integers(levels, size=11), acc=rng.integers(levels, size=11))
     try: got = granulated_kendall(df, 'm', 'acc', ['x','y','z'])
     except ValueError: return # every pair that differs in one alone is tied in both
@@ -65,6 +66,28 @@ def test_seeds_are_kept_apart_by_by():
     assert granulated_kendall(df, 'm', 'acc', HYPER, by='seed')['mean']==pytest.approx(0, abs=1e-12)
     one = df[df.seed==0]
     assert np.allclose(granulated_kendall(one, 'm', 'acc', HYPER, by=['seed']), granulated_kendall(RUNS, 'm', 'acc', HYPER))
+
+def test_seeds_of_one_setting_are_no_pair():
+    "The measure orders depths right and seeds wrong"
+    df = pd.DataFrame(dict(d=[1,1,2,2], m=[1,2,3,4], acc=[2,1,4,3]))
+    assert granulated_kendall(df, 'm', 'acc', 'd')['d']==1
+    with pytest.raises(ValueError, match="no two runs differ in 'd' alone"): granulated_kendall(df.assign(w=df.d), 'm', 'acc', ['d','w'])
+
+@pytest.mark.parametrize('by', [(), 'seed'], ids=['seeds together','seeds apart'])
+def test_draws_are_coefficients_of_repeated_runs(by):
+    "A resample is a count of each run, drawn by the seed; NaN stands where the coefficient is refused"
+    rng,hyper = np.random.default_rng(0),['x','y']
+    df = pd.DataFrame(list(product(range(3), 'ab', range(2))), columns=['x','y','seed'])
+    df = df.assign(m=rng.integers(4, size=12), n=rng.random(12), acc=rng.integers(4, size=12), none=0)
+    draws = granulated_draws(df, ['m','n'], 'acc', hyper, by, times=30, seed=5)
+    counts = [np.ones(12, int), *np.random.default_rng(5).multinomial(12, np.full(12, 1/12), 30)]
+    for row,count in zip(draws, counts, strict=True):
+        for got,name in zip(row, ('m','n')):
+            repeated = df.loc[df.index.repeat(count)]
+            if np.isnan(got).any():
+                with pytest.raises(ValueError, match='alone'): granulated_kendall(repeated, name, 'acc', hyper, by)
+            else: assert got==pytest.approx(granulated_kendall(repeated, name, 'acc', hyper, by)[hyper].to_numpy(), abs=1e-12)
+    assert np.isnan(draws).mean()<.5 and np.isnan(granulated_draws(df, ['m'], 'acc', ['x','none'], by, times=2)[...,1]).all()
 
 def test_a_measure_that_only_knows_one_hyperparameter():
     df = pd.DataFrame(list(product(range(4), range(4))), columns=['d','l'])
@@ -128,11 +151,13 @@ def test_several_measures_with_gaps_and_signs():
     df = RUNS.assign(minus=-RUNS.m, gap=RUNS.m.where(RUNS.depth<3))
     got = rank_measures(df, ['m','-minus','gap'], 'acc', HYPER, times=10)
     assert got.loc['m'].equals(got.loc['-minus']) and set(got.loc['gap'].runs)=={24}
+    assert got.loc['m'].estimate.to_dict()==rank_scores(RUNS, 'm', 'acc', HYPER).to_dict()
 
 BAD = RUNS.assign(m=RUNS.m.where(RUNS.depth<3))
 @pytest.mark.parametrize('f,message', [
     (lambda: granulated_kendall(BAD, 'm', 'acc', HYPER), '12 of 36 runs'), (lambda: granulated_kendall(RUNS, 'c3', 'acc', HYPER), "no column 'c3'"),
     (lambda: granulated_kendall(RUNS, 'm', 'acc', [*HYPER,'width']), "no column 'width'"), (lambda: granulated_kendall(RUNS, 'm', 'acc', []), 'empty'),
+    (lambda: granulated_draws(RUNS, ['m'], 'acc', ()), 'empty'),
     (lambda: granulated_kendall(RUNS[RUNS.wd==0], 'm', 'acc', HYPER), "differ in 'wd'"),
     (lambda: granulated_kendall(RUNS.iloc[[0,7]], 'm', 'acc', HYPER), 'no two runs differ'), (lambda: kendall(RUNS[:1], 'm', 'acc'), '1 runs'),
     (lambda: conditional_information(RUNS, 'm', 'acc', HYPER, size=-1), 'size=-1'), (lambda: bootstrap_interval(RUNS, len, level=2), 'level=2'),

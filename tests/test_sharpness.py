@@ -5,7 +5,7 @@ from functools import cache
 import pytest, torch
 from torch import nn
 
-from phantom_nb.measures.sharpness import norm_measures, path_norm, sharpness, sharpness_measures
+from phantom_nb.measures.sharpness import _bisect, norm_measures, path_norm, sharpness, sharpness_measures
 from phantom_nb.models import create_model
 
 GEN = torch.Generator().manual_seed(0)
@@ -95,12 +95,12 @@ def test_worst_case_of_a_known_network(w):
     assert sharpness(Scale(w), [(x, torch.zeros(40, dtype=torch.long))], worst=True, lr=100., steps=20)==pytest.approx(.25, rel=2e-3)
 
 def test_worst_case_reaches_the_corner_of_the_box():
-    "Outputs x and 0.9x, with weights 1 and 0.9: they swap at 1-1.001m = 0.9+0.901m"
+    "Outputs x and 0.9x, with weights 1 and 0.9: they swap at 1-1.001m = 0.9+0.901m; a gradient that is NaN moves nothing"
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w = nn.Parameter(torch.tensor([[1.],[.9]]))
-        def forward(self, x): return x@self.w.T
+            self.w,self.v = nn.Parameter(torch.tensor([[1.],[.9]])),nn.Parameter(torch.zeros(1))
+        def forward(self, x): return x@self.w.T + 0*self.v.sqrt()
     x = torch.rand(50, 1, generator=torch.Generator().manual_seed(0))+.5
     got = sharpness(Two(), [(x, torch.zeros(50, dtype=torch.long))], worst=True, lr=10., steps=30)
     assert got==pytest.approx(.1/1.902, abs=2e-4)
@@ -110,6 +110,68 @@ def test_random_sharpness_of_a_known_network():
     x = torch.rand(4, 1)+.5
     got = sharpness(Scale(1.), [(x, torch.zeros(4, dtype=torch.long))], draws=4000)
     assert got==pytest.approx(1/(1.001*1.2816), rel=.05)
+
+@pytest.mark.parametrize('w', [1., .001, -1.])
+@pytest.mark.parametrize('seed', range(6))
+def test_one_draw_of_a_known_network(seed, w):
+    "Right until w + m (|w|+0.001) xi changes sign, which a xi of the sign of w never does"
+    xi = torch.randn(1, generator=torch.Generator().manual_seed(seed)).item()
+    got = sharpness(Scale(w), [(torch.ones(4, 1), torch.full((4,), int(w<0)))], draws=1, seed=seed)
+    assert got==pytest.approx(min(2., -w/((abs(w)+.001)*xi)) if w*xi<0 else 2., rel=2e-3)
+
+def test_the_search_ends_at_the_first_accuracy_near_the_target():
+    "Within 0.005, or where the size is known to 0.2 %"
+    tried = []
+    def accuracy(m):
+        tried.append(m)
+        return 1-m/5
+    found = _bisect(accuracy, 2., .9)
+    near = [abs(1-m/5-.9)<.005 for m in tried]
+    assert found==tried[-1] and near==[False]*(len(tried)-1)+[True]
+    assert _bisect(lambda m: float(m<.3), 2., .9)==pytest.approx(.3, rel=2e-3)
+    for high in (2., .25): assert _bisect(lambda m: 0., high, .9)==pytest.approx(high/10000, rel=2e-3)
+
+class Noting(Scale):
+    "Notes its weight, and whether it trains, whenever it is called with gradients; a little dropout"
+    def __init__(self, w):
+        super().__init__(w)
+        self.seen = []
+    def forward(self, x):
+        if torch.is_grad_enabled(): self.seen.append((self.w.item(), self.training))
+        return super().forward(nn.functional.dropout(x, .3, self.training))
+
+@pytest.mark.parametrize('train_mode', [False, True])
+def test_ascent_in_either_mode(train_mode):
+    net,y = Noting(.1),torch.zeros(40, dtype=torch.long)
+    data = [(torch.rand(40, 1, generator=torch.Generator().manual_seed(0))+.5, y)]
+    def ascend(seed):
+        torch.manual_seed(seed)
+        net.seen.clear()
+        sharpness(net, data, worst=True, steps=5, lr=1e-5, train_mode=train_mode)
+        return list(net.seen)
+    first = ascend(0)
+    assert {training for _,training in first}=={train_mode} and ascend(1)==first
+
+def test_the_last_steps_of_ascent_go_a_tenth_of_the_way():
+    "Every step is the rate times the gradient of log(1+exp(-2wx)), here within the box; three of five at the full rate"
+    net = Noting(.1).double()
+    sharpness(net, [(torch.ones(9, 1).double(), torch.zeros(9, dtype=torch.long))], worst=True, steps=5, lr=1e-5)
+    w = [w for w,_ in net.seen[:5]]
+    assert w[0]==pytest.approx(.1)
+    for a,b,rate in zip(w, w[1:], (1e-5,1e-5,1e-5,1e-6)): assert b-a==pytest.approx(-rate*2/(1+math.exp(2*a)), rel=1e-5)
+
+def test_ascent_by_signs_goes_a_fifth_of_the_box_a_step():
+    "The first box is 0.25/100, the middle of the search on a log scale, times 0.1+0.001"
+    net = Noting(.1).double()
+    sharpness(net, [(torch.ones(9, 1).double(), torch.zeros(9, dtype=torch.long))], worst=True, steps=5, signs=True)
+    w = [w for w,_ in net.seen[:5]]
+    assert [a-b for a,b in zip(w, w[1:])]==pytest.approx([.0025*.101/5]*4, rel=1e-5)
+
+def test_ascent_does_not_end_at_the_target():
+    "Nine of ten stay right: all steps are taken, and the search is over"
+    net,y = Noting(.1),torch.tensor([0]*9+[1])
+    sharpness(net, [(torch.ones(10, 1), y)], worst=True, steps=20, lr=1e-5)
+    assert len(net.seen)==20
 
 def test_kernels_alone():
     "The weight is a vector, so nothing is perturbed"
@@ -130,8 +192,19 @@ def test_batch_statistics_are_used():
 
 def test_all_four():
     net,batches = network()
-    got = sharpness_measures(net, iter(batches), draws=2, steps=11)
+    few,kw = batches[:1],dict(draws=1, steps=5) # statistics of these 30 are not the running ones
+    got = sharpness_measures(net, iter(few), **kw)
     assert list(got.index)==['sigma1','sigma2','alpha1','alpha2'] and got.alpha1<got.sigma1
+    second = dict(kernels=True, batch_stats=True)
+    assert got.sigma1==sharpness(net, few, **kw) and got.alpha1==sharpness(net, few, worst=True, **kw)
+    assert got.sigma2==sharpness(net, few, **second, **kw)!=sharpness(net, few, kernels=True, **kw)
+    assert got.alpha2==sharpness(net, few, worst=True, **second, **kw)
+
+def test_an_accuracy_of_the_target_is_not_refused():
+    "Half of eight samples are right"
+    x,y = torch.ones(8, 1),torch.arange(8)%2
+    assert sharpness(Scale(1.), [(x, y)], target=.5)>0
+    with pytest.raises(ValueError, match='accuracy 0.500'): sharpness(Scale(1.), [(x, y)], target=.51)
 
 @pytest.mark.parametrize('kw,message', [(dict(target=1.5), 'target=1.5'), (dict(draws=0), 'draws=0'), (dict(steps=0), 'steps=0'),
     (dict(lr=0.), 'lr=0.0'), (dict(bs=0), 'bs=0'), (dict(draws=2.5), 'draws=2.5')])
@@ -165,6 +238,21 @@ def test_norms_by_hand():
     top = net(X).topk(2, 1).values
     assert got.margin==pytest.approx((top[:,0]-top[:,1]).quantile(.1).item(), rel=1e-4)
     assert got.parameters==64*5+5+5*4+4
+    assert got.inverse_margin==pytest.approx(-2*math.log(got.margin)) and got.spectral_margin==pytest.approx(got.spectral-2*math.log(got.margin))
+
+def test_path_norm_by_hand():
+    "All paths of a network of 3, 4 and 2 units; a bias is a path that starts at its unit"
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    (a,bias),b = [p.tolist() for p in net[0].parameters()],net[2].weight.tolist()
+    paths = sum((b[k][h]*v)**2 for k in range(2) for h in range(4) for v in (*a[h],bias[h]))
+    for n in (1, 5): assert path_norm(net, torch.zeros(n, 3))==pytest.approx(math.log(paths), abs=1e-6)
+
+def test_logarithms_of_nothing():
+    "A layer of zeros has no path through it, and stretches nothing"
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    for p in net[1].parameters(): nn.init.zeros_(p)
+    got = norm_measures(net, [(torch.rand(5, 3), torch.zeros(5, dtype=torch.long))])
+    assert got.path==got.spectral==-math.inf
 
 def test_path_norm_folds_batch_normalization():
     "A convolution with batch normalization after it, against the same convolution with the two multiplied"

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from phantom_nb.data import get_dls
 from phantom_nb.plain import attach
-from phantom_nb.regularizers.smoothness import GradientPenalty, SpectralPenalty, spectral_norm
+from phantom_nb.regularizers.smoothness import GradientPenalty, SpectralPenalty, gradient_penalty, spectral_norm, top_vectors
 
 def dense_norm(layer, shape):
     unit = torch.eye(torch.Size(shape).numel(), dtype=torch.float64).view(-1, *shape)
@@ -22,7 +22,28 @@ def test_convolutions(stride, padding, dilation, groups, side):
 def test_shapes_are_refused_by_name():
     with pytest.raises(ValueError, match='in_shape=None'): spectral_norm(nn.Conv2d(1, 1, 3))
     with pytest.raises(ValueError, match='no linear map'): spectral_norm(nn.ReLU(), (3, 3))
+    with pytest.raises(ValueError, match=r'in_shape=\(8,\)'): spectral_norm(nn.Conv2d(1, 1, 3), (8,))
     with pytest.raises(ValueError, match='steps=0'): spectral_norm(nn.Linear(3, 3), steps=0)
+
+def test_channels_may_be_in_the_shape():
+    layer = nn.Conv2d(2, 4, 3)
+    assert spectral_norm(layer, (2, 6, 7))==spectral_norm(layer, (6, 7))
+
+def test_spectral_norm_has_the_gradient_of_the_largest_singular_value():
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4).double()
+    value = spectral_norm(layer, steps=500)
+    got, = torch.autograd.grad(value, layer.weight)
+    want, = torch.autograd.grad(torch.linalg.matrix_norm(layer.weight, 2), layer.weight)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    assert not any(t.requires_grad for t in top_vectors(layer, torch.ones(1, 5).double(), 3))
+
+def test_the_start_is_fixed_or_that_of_the_generator():
+    layer,state = nn.Linear(50, 50),torch.get_rng_state()
+    def after_a_round(seed=None):
+        return spectral_norm(layer, steps=1, generator=None if seed is None else torch.Generator().manual_seed(seed)).item()
+    assert after_a_round()==after_a_round() and after_a_round(1)==after_a_round(1)!=after_a_round(2)
+    assert torch.equal(torch.get_rng_state(), state)
 
 def network():
     torch.manual_seed(0)
@@ -41,12 +62,42 @@ def test_spectral_penalty_follows_the_weights():
     exact = .5*(dense_norm(model[0], (1, 8, 8))**2 + torch.linalg.matrix_norm(model[3].weight, 2)**2)
     assert abs(value/exact.item()-1)<.03 # of the step before the last, one round of power iteration a step
 
+def test_spectral_penalty_has_the_gradient_of_the_exact_one():
+    "Images of three channels; after a second step of many rounds"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    x,y = torch.randn(5, 3, 4, 4),torch.arange(5)%3
+    with attach(model, reg := SpectralPenalty(1., rounds=300)) as penalty:
+        for _ in range(2):
+            model(x)
+            value = penalty(y)
+    dense = model[0](torch.eye(48).view(-1, 3, 4, 4))-model[0](torch.zeros(48, 3, 4, 4))
+    want = sum(torch.linalg.matrix_norm(w, 2).square() for w in (dense.flatten(1), model[2].weight))/2
+    weights = [model[0].weight,model[2].weight]
+    for a,b in zip(torch.autograd.grad(value, weights), torch.autograd.grad(want, weights)): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert value.item()==pytest.approx(want.item(), rel=1e-4)
+    assert [tuple(v.shape) for v in reg.state_dict()['vectors'].values()]==[(1,3,4,4),(1,16)] # of one input each
+
 def test_gradient_penalty_leaves_the_batch_alone():
     model,x,y = network(),torch.randn(6, 1, 8, 8),torch.arange(6)
     with attach(model, GradientPenalty(.1)) as penalty:
         loss = F.cross_entropy(model(x), y)
         (loss+penalty(y, loss=loss)).backward()
     assert not x.requires_grad and x.grad is None and all(p.grad is not None for p in model.parameters())
+
+def test_passes_without_a_penalty_leave_batch_and_attention_alone():
+    "Such as the two passes of an evaluation"
+    model,several = network(),torch.randn(2, 6, 1, 8, 8).unbind()
+    fused = torch.backends.cuda.flash_sdp_enabled()
+    with attach(model, GradientPenalty(.1)):
+        for x in several: model(x)
+        assert not several[0].requires_grad
+    assert not several[1].requires_grad and torch.backends.cuda.flash_sdp_enabled()==fused
+
+@pytest.mark.parametrize('scale', [2.**-20, 2.**20])
+def test_the_scale_on_the_way_does_not_matter(scale):
+    x = torch.randn(6, 5, requires_grad=True)
+    assert gradient_penalty(x.pow(3).sum(), x, scale).item()==pytest.approx(9*x.pow(4).sum(1).mean().item(), rel=1e-5)
 
 @pytest.mark.parametrize('of', ['loss', 'logit'])
 def test_gradient_penalty_by_hand(of):
@@ -59,8 +110,10 @@ def test_gradient_penalty_by_hand(of):
         xi = x[i:i+1].clone().requires_grad_()
         out = model(xi)
         value = F.cross_entropy(out, y[i:i+1]) if of=='loss' else out[0,y[i]]
-        total += torch.autograd.grad(value, xi)[0].square().sum()/6
+        total += torch.autograd.grad(value, xi, create_graph=True)[0].square().sum()/6
     assert torch.isclose(ours, total, rtol=1e-4)
+    weights = [model[0].weight,model[3].weight]
+    for a,b in zip(torch.autograd.grad(ours, weights), torch.autograd.grad(total, weights)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 def test_integers_and_compiled_networks_are_refused():
     embed = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))

@@ -1,10 +1,10 @@
 "Sparsity: the measure against its definition, streaming against the whole, the penalty, the monitor and its silence"
-import json, math
+import copy, json, math
 from functools import partial
 from pathlib import Path
 
 import matplotlib, numpy as np, pytest, timm, torch, torchvision
-from fastai.basics import Callback, CancelFitException, Learner, load_learner, noop
+from fastai.basics import Callback, CancelEpochException, CancelFitException, Learner, load_learner, noop
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
@@ -16,10 +16,11 @@ from phantom_nb.contract import _n_hooks, check_regularizer
 from phantom_nb.data import get_dls
 from phantom_nb.experiments import bench
 from phantom_nb.experiments.methods import make_method
+from phantom_nb.hooks import unwrap
 from phantom_nb.models import create_model
 from phantom_nb.plain import attach
 from phantom_nb.measures import sparsity as measure
-from phantom_nb.measures.sparsity_monitor import judge_alarm, loss_alarm, overfit_onset, sparsity_alarm
+from phantom_nb.measures.sparsity_monitor import LayerMeters, judge_alarm, loss_alarm, overfit_onset, sparsity_alarm
 from phantom_nb.regularizers.sparsity import SparsityMonitor, TargetedSparsity, activation_sparsity, dead_units
 from phantom_nb.regularizers.sparsity import fastest_rising, filter_correlation, measure_sparsity, perplexity, sparsity
 from phantom_nb.regularizers.sparsity import target_layers
@@ -445,6 +446,20 @@ def test_compiled_models(how):
     with pytest.raises(ValueError, match='watch it before compiling'):
         with SparsityMonitor().watch(compiled): pass
 
+def test_compiled_networks_are_seen_once_a_batch():
+    "In a pass of the monitor's own, which is told when there is nothing to see"
+    def rows(*cbs):
+        learn = learner(SparsityMonitor(share=1.), *cbs, model=torch.compile(create_model('plain_cnn', size=8, seed=0), backend='eager'))
+        torch.manual_seed(0)
+        learn.fit(1, 0.)
+        return learn.sparsity_monitor.rows
+    again = Callback(after_batch=lambda cb: unwrap(cb.learn.model)(torch.zeros_like(cb.x)))
+    again.order = 100
+    assert rows()==rows(again)
+    by_hand = Functional(lambda x: x.clamp(min=0))
+    by_hand.compile(backend='eager')
+    with pytest.raises(ValueError, match='no activation of Functional'): learner(SparsityMonitor(), model=by_hand).fit(1)
+
 
 # The monitor
 
@@ -483,14 +498,39 @@ def test_monitor_reports_what_the_layers_did():
     losses = learn.sparsity_monitor.losses[0]
     assert abs(losses['valid_loss']-learn.validate()[0])<1e-6 and abs(losses['train_loss']-learn.validate(0)[0])<1e-5
 
-def test_a_share_of_the_batches_is_watched():
+@pytest.mark.parametrize('share,watched', [(.3, (1,4,7)), (.2, (2,7))])
+def test_a_share_of_the_batches_is_watched(share, watched):
+    "The middle of every three of ten batches, or of every five"
     calls = []
     class Counting(SparsityMonitor):
         def after_pred(self):
             if self.meters.split: calls.append((self.epoch, self.iter, self.meters.split))
             super().after_pred()
-    learner(Counting(share=.3), n_train=160).fit(2)
-    assert [o[:2] for o in calls if o[2]=='train']==[(e,i) for e in (0,1) for i in (1,4,7)] and sum(o[2]=='valid' for o in calls)==2
+    learner(Counting(share=share), n_train=160).fit(2)
+    assert [o[:2] for o in calls if o[2]=='train']==[(e,i) for e in (0,1) for i in watched] and sum(o[2]=='valid' for o in calls)==2
+
+def test_an_epoch_that_is_passed_over_leaves_no_row():
+    def skip(cb):
+        if cb.epoch==1: raise CancelEpochException
+    learn = learner(SparsityMonitor(), Callback(before_epoch=skip))
+    learn.fit(3)
+    assert len(learn.sparsity_monitor.losses)==2 and set(learn.sparsity_monitor.to_frame().epoch)=={0,1}
+
+def test_passes_after_the_prediction_are_not_seen_by_the_monitor():
+    def rows(*cbs):
+        learn = learner(SparsityMonitor(share=1.), *cbs, model=create_model('plain_cnn', size=8, seed=0))
+        torch.manual_seed(0)
+        learn.fit(1, 0.)
+        return learn.sparsity_monitor.rows
+    again = Callback(after_pred=lambda cb: cb.learn.model(torch.zeros_like(cb.x)))
+    again.order = 100
+    assert rows()==rows(again)
+
+def test_a_batch_that_is_run_by_hand_after_a_fit_is_not_watched():
+    learn = learner(SparsityMonitor(share=1.))
+    learn.fit(1)
+    learn.one_batch(0, learn.dls.valid.one_batch())
+    assert learn.sparsity_monitor.meters.found=={} and _n_hooks(learn.model)==0
 
 @pytest.mark.parametrize('event', ['after_pred','before_backward','after_batch','before_validate'])
 @pytest.mark.parametrize('exc', [RuntimeError, KeyboardInterrupt])
@@ -537,8 +577,71 @@ def test_watch_tells_training_from_validation_and_epochs():
     df = mon.to_frame()
     assert len(df)==2*2*5 and mon.losses[1]==dict(epoch=1, train_loss=1.5, valid_loss=2.5) and _n_hooks(net)==0
 
-@pytest.mark.parametrize('kw', [dict(share=0), dict(images=1), dict(over='all'), dict(rise=-1), dict(window=0)], ids=str)
+def test_a_share_of_the_passes_is_watched_in_a_loop():
+    "Every other one, the first among them"
+    net,parts = create_model('plain_cnn', size=8, seed=0).eval(),randn(4, 6, 1, 8, 8)
+    with SparsityMonitor(share=.5).watch(net) as mon, torch.no_grad():
+        for x in parts: net(x)
+        mon.end_epoch()
+    df = mon.to_frame().set_index('layer')
+    assert (df.split=='valid').all() and df.samples.tolist()==pytest.approx(measure_sparsity(net, parts[::2]).samples.tolist())
+
+def test_hooks_that_see_nothing_are_left_behind_after_an_epoch():
+    "All activations of this network are modules: its other layers need no hook"
+    net = create_model('small_cnn', size=8, seed=0)
+    with SparsityMonitor().watch(net) as mon:
+        net(randn(2, 1, 8, 8))
+        before = _n_hooks(net)
+        mon.end_epoch()
+        assert 0<_n_hooks(net)<before
+
+def test_an_activation_by_hand_is_given_values_alone():
+    "So NumPy will do"
+    net,x = Functional(),randn(4, 1, 8, 8)
+    with SparsityMonitor(nn.BatchNorm2d, act=lambda a: torch.from_numpy(np.maximum(a.numpy(), 0))).watch(net) as mon:
+        net(x)
+        mon.end_epoch()
+    assert mon.rows[0]['samples']==pytest.approx(activation_sparsity(net.features(x), 'samples').item(), abs=1e-5)
+
+def test_a_monitor_goes_on_in_the_middle_of_an_epoch():
+    "Its record is kept, and what the first batches showed counts in the epoch's row and loss"
+    saved,found = [],[]
+    def save(cb):
+        if cb.training and (cb.epoch,cb.iter)==(1,0): saved.append(copy.deepcopy(cb.learn.sparsity_monitor.state_dict()))
+    def load(cb):
+        cb.learn.sparsity_monitor.load_state_dict(saved[0])
+        found.append(copy.deepcopy(cb.learn.sparsity_monitor.state_dict()))
+    save,load = Callback(after_batch=save),Callback(before_fit=load)
+    save.order = load.order = 100
+    learner(SparsityMonitor(share=1.), save).fit(2)
+    learn = learner(SparsityMonitor(share=1.), load)
+    learn.fit(1)
+    mon,layer = learn.sparsity_monitor,'stage1.0.relu'
+    assert found[0]['meters']['train'][layer]['n']==saved[0]['meters']['train'][layer]['n']==16
+    assert len(mon.losses)==2 and mon.to_frame().groupby('epoch').size().tolist()==[10,10] and mon.rows[:10]==saved[0]['rows'][:10]
+
+def test_meters_go_on_from_a_saved_state():
+    net,(a,b) = create_model('plain_cnn', size=8, seed=0).eval(),randn(2, 6, 1, 8, 8)
+    first,second = LayerMeters(net),LayerMeters(net)
+    def look(meters, x):
+        meters.open()
+        meters.split = 'valid'
+        with torch.no_grad(): net(x)
+        meters.close()
+    look(first, a)
+    second.load_state_dict(first.state_dict())
+    look(second, b)
+    assert [row['samples'] for row in second.read()]==pytest.approx(measure_sparsity(net, [a,b]).samples.tolist())
+
+def test_the_mean_over_layers_is_a_mean():
+    mon = SparsityMonitor()
+    mon.losses = [{}]*2
+    mon.rows = [dict(epoch=1, split=split, layer=layer, samples=s) for split,layer,s in (('train','a',.2), ('train','b',.4), ('valid','a',.9))]
+    assert mon.mean_over_layers()==pytest.approx([math.nan,.3], nan_ok=True) and mon.mean_over_layers(split='valid')[1]==.9
+
+@pytest.mark.parametrize('kw', [dict(share=0), dict(share=1.5), dict(images=1), dict(over='all'), dict(rise=-1), dict(window=0)], ids=str)
 def test_monitor_refuses(kw):
+    SparsityMonitor(share=1., images=2, rise=0., window=1)
     with pytest.raises(ValueError, match=f"{list(kw)[0]}={list(kw.values())[0]!r}"): SparsityMonitor(**kw)
     with pytest.raises(ValueError, match='fit first'): SparsityMonitor().plot()
 
@@ -575,6 +678,13 @@ def test_only_so_many_images_are_measured():
     meter,a = measure.SparsityMeter(),randn(20, 3, 4, 4)
     meter.add(a, 5)
     assert abs(meter.values()['positions']-activation_sparsity(a[:5], 'positions'))<1e-6 and abs(meter.values()['units']-activation_sparsity(a))<1e-6
+    net,x = Functional().eval(),randn(20, 1, 8, 8)
+    with SparsityMonitor(images=17).watch(net) as mon, torch.no_grad():
+        net(x)
+        mon.end_epoch()
+    a,found = net.features(x),mon.rows[0]
+    assert found['units']==pytest.approx(activation_sparsity(a[:17]).item(), abs=1e-6)
+    assert found['positions']==pytest.approx(activation_sparsity(a[:2], 'positions').item(), abs=1e-6) # a sixteenth, rounded up
     learn = learner(SparsityMonitor(images=8))
     learn.fit(1)
     assert learn.sparsity_monitor.to_frame().shape[0]==10
@@ -615,7 +725,13 @@ def test_alarms_see_the_past_only():
     assert loss_alarm([1,.5,.2,.05,.01], .3, 1)==2 and loss_alarm([1.], .3) is None
     assert sparsity_alarm([math.nan]*5) is None and sparsity_alarm([math.nan,.1,.1,.9], window=1)==3
 
-@pytest.mark.parametrize('loss,want', [([3,2,1,2,3],2), ([3,2,1,1,1],None), ([3,2,1,1.02,1.04],None), ([1,2,3],0), ([3,1,2,.5,.5],None), ([math.nan]*3,None)], ids=str)
+def test_an_alarm_sounds_beyond_its_threshold():
+    "Not at it: a rise of 0 is no rise"
+    assert sparsity_alarm([.5,.5,.5], rise=0.) is None and sparsity_alarm([.5,.5,.51], rise=0., window=1)==2
+    assert loss_alarm([1.,.5,.25], below=.5, window=1)==2 and overfit_onset([1.,1.,1.], rise=0., window=1) is None
+
+@pytest.mark.parametrize('loss,want', [([3,2,1,2,3],2), ([3,2,1,1,1],None), ([3,2,1,1.02,1.04],None), ([1,2,3],0),
+    ([3,1,2,.5,.5],None), ([3,.5,1],1), ([math.nan]*3,None)], ids=str)
 def test_onset(loss, want): assert overfit_onset(loss, window=1)==want
 
 @pytest.mark.parametrize('alarm,onset,want', [(10,20,'hit'), (20,20,'hit'), (9,20,'early'), (21,20,'late'), (None,20,'missed'), (3,None,'false'), (None,None,'quiet'), (0,0,'hit')])

@@ -31,8 +31,8 @@ def _largest_of_map(x, last):
 
 class _Tap:
     "Keep what activation functions are given, by name"
-    def __init__(self, layers=None, keep=True):
-        self.layers,self.keep = layers,keep
+    def __init__(self, layers=None):
+        self.layers = layers
         self.rows = {} # name -> what `find_activations` says of it
         self.found = {} # name -> a (B,units) tensor a batch
         self.batch = 0 # samples of this batch; 0 while no network runs
@@ -48,7 +48,7 @@ class _Tap:
         positions = x.shape[1:-1] if last else x.shape[2:]
         self.rows.setdefault(call.name, dict(function=call.function, module=type(call.module).__name__,
             units=x.shape[-1 if last else 1], map='×'.join(map(str, positions))))
-        if self.keep and (self.layers is None or matches(call.name, call.module, self.layers)):
+        if self.layers is None or matches(call.name, call.module, self.layers):
             values = _largest_of_map(x.detach().as_subclass(Tensor), last)
             self.found.setdefault(call.name, []).append(values)
 
@@ -85,7 +85,7 @@ def find_activations(
     x:Tensor # batch of inputs, or (inputs, labels)
 )->pd.DataFrame: # a row a pre-activation in order: function, module that calls it, units, size of its map
     "List the pre-activations that `capture` finds (ours)."
-    tap = _Tap(keep=False)
+    tap = _Tap()
     _run(model, tap, [x])
     return pd.DataFrame.from_dict(tap.rows, orient='index', columns=['function','module','units','map'])
 
@@ -108,7 +108,7 @@ def capture_with_outputs(
 )->tuple: # what `capture` gives, and the network's outputs (N,...), the first where there are several
     "Capture pre-activations and outputs in one pass; `ValueError` as `capture` (ours)."
     tap = _Tap(layers)
-    outputs = [out[0] if isinstance(out, (tuple,list)) else out for out in _run(model, tap, batches)]
+    outputs = [(out[0] if isinstance(out, (tuple,list)) else out).detach() for out in _run(model, tap, batches)]
     _check_found(tap, layers)
     names = list(tap.found)
     return {name:torch.cat(tap.found.pop(name)) for name in names},torch.cat(outputs) # pop frees the parts

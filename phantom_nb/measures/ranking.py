@@ -20,6 +20,10 @@ from ..checks import share, whole
 # %% ../../nbs/measures/ranking.ipynb #9962988a
 def _columns(columns): return [columns] if isinstance(columns, str) else list(columns)
 
+def _varied(hyperparams):
+    if not (names := _columns(hyperparams)): raise ValueError("hyperparams is empty: name the columns that were varied")
+    return names
+
 def _need(df, columns):
     "Nothing, or a ValueError"
     known = ', '.join(map(str, df.columns))
@@ -50,14 +54,19 @@ def _groups(codes):
     return np.unique(codes, axis=0, return_inverse=True)[1].ravel()
 
 # %% ../../nbs/measures/ranking.ipynb #893b3bda
+def _alone(codes, by, h):
+    "Group of each run, and which pairs of runs (n,n) differ in column `h` alone"
+    group = _groups(np.concatenate([np.delete(codes, h, 1), by], 1))
+    return group,(group[:,None]==group)&(codes[:,h,None]!=codes[:,h])
+
 def _granulated(m, t, codes, by):
     "Coefficient of each hyperparameter, a column of `codes`; NaN where no pair differs in it alone"
     V_m,V_t = np.sign(m[:,None]-m),np.sign(t[:,None]-t)
     agreement,counts = V_m*V_t,(V_m!=0)|(V_t!=0)
     coefficients = []
     for h in range(codes.shape[1]):
-        group = _groups(np.concatenate([np.delete(codes, h, 1), by], 1))
-        valid = (group[:,None]==group)&counts
+        group,alone = _alone(codes, by, h)
+        valid = alone&counts
         total = np.bincount(group, (valid*agreement).sum(1))
         pairs = np.bincount(group, valid.sum(1))
         coefficients.append((total[pairs>0]/pairs[pairs>0]).mean() if (pairs>0).any() else math.nan)
@@ -71,12 +80,10 @@ def granulated_kendall(
     by:Sequence=() # further columns in which compared runs must agree, such as 'seed'
 )->pd.Series: # coefficient in [-1,1] of each hyperparameter, and 'mean'
     "Average rank agreement over runs that differ in one hyperparameter; ValueError for gaps (Jiang 2020, section 2.2)."
-    hyperparams,by = _columns(hyperparams),_columns(by)
-    if not hyperparams: raise ValueError("hyperparams is empty: name the columns that were varied")
+    hyperparams,by = _varied(hyperparams),_columns(by)
     m,t = _values(df, measure, target)
-    codes = _codes(df, hyperparams)
-    psi = pd.Series(_granulated(m, t, codes, _codes(df, by)), hyperparams)
-    for column in psi.index[psi.isna()|(codes.max(0)==0)]:
+    psi = pd.Series(_granulated(m, t, _codes(df, hyperparams), _codes(df, by)), hyperparams)
+    for column in psi.index[psi.isna()]:
         raise ValueError(f"no two runs differ in {column!r} alone: leave it out of hyperparams, or add runs")
     return pd.concat([psi, pd.Series({'mean':psi.mean()})])
 
@@ -162,12 +169,6 @@ def bootstrap_interval(
     return pd.DataFrame(dict(estimate=pd.Series(score(df)), low=draws.quantile(tail), high=draws.quantile(1-tail)))
 
 # %% ../../nbs/measures/ranking.ipynb #83e740e6
-def _pairs_alone(codes, by, h):
-    "Pairs (2,P) that differ in column `h` alone, and the group of each"
-    group = _groups(np.concatenate([np.delete(codes, h, 1), by], 1))
-    i,j = np.nonzero(np.triu(group[:,None]==group, 1) & (codes[:,h,None]!=codes[:,h]))
-    return np.stack([i,j]),np.unique(group[i], return_inverse=True)[1]
-
 def granulated_draws(
     df:pd.DataFrame, # one row a run
     measures:list, # columns, large for good
@@ -179,14 +180,15 @@ def granulated_draws(
 )->np.ndarray: # (1+times, measures, hyperparams) in [-1,1], NaN where no pair is left; the first are the runs' own
     "Compute granulated coefficients of several measures on the same resamples; `ValueError` for gaps (Efron 1979)."
     m = np.stack([_values(df, measure, target)[0] for measure in measures])
-    t,codes = _values(df, measures[0], target)[1],_codes(df, _columns(hyperparams))
+    t = _values(df, measures[0], target)[1]
+    codes,by = _codes(df, _varied(hyperparams)),_codes(df, _columns(by))
     counts = np.random.default_rng(seed).multinomial(len(df), np.full(len(df), 1/len(df)), whole('times', times))
     counts = np.concatenate([np.ones((1, len(df)), int), counts])
     out = np.full((len(counts), len(measures), codes.shape[1]), math.nan)
     for h in range(codes.shape[1]):
-        (i,j),group = _pairs_alone(codes, _codes(df, _columns(by)), h)
-        if not len(i): continue
-        member = np.eye(group.max()+1)[group]
+        group,alone = _alone(codes, by, h)
+        i,j = np.nonzero(np.triu(alone))
+        member = np.eye(group.max()+1)[group[i]]
         sign_m,sign_t = np.sign(m[:,i]-m[:,j]),np.sign(t[i]-t[j])
         valid = ((sign_m!=0)|(sign_t!=0)).astype(float)
         for d,n in enumerate(counts):

@@ -97,7 +97,7 @@ def _worst(net, x, y, gen, steps, lr, target, signs=False, train_mode=False, bs=
         step = rate*gradient.nan_to_num() if not signs else reach/5*gradient.sign()
         return torch.minimum(torch.maximum(w+step, centre-reach), centre+reach)
     def accuracy(m):
-        weights = {k:net.weights[k].clone() for k in net.moved}
+        weights = {k:net.weights[k] for k in net.moved}
         for i,batch in enumerate(order):
             weights = {k:w.requires_grad_() for k,w in weights.items()}
             with torch.enable_grad(), net.training(i) if train_mode else nullcontext():
@@ -153,7 +153,7 @@ def sharpness_measures(
 # %% ../../nbs/measures/sharpness.ipynb #c262be5e
 def _squared(model):
     "Weights and buffers of the network whose every linear map has squared entries, in float64"
-    state = {name:p.detach().double().square() for name,p in model.named_parameters()}
+    state = {name:p.double().square() for name,p in model.named_parameters()}
     state |= {name:b.double() if b.is_floating_point() else b for name,b in model.named_buffers()}
     for name,module in model.named_modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_var is None: continue

@@ -303,7 +303,6 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
         one_of('over', over, OVER)
         store_attr()
         self.meters = None # type: ignore[assignment] # until `choose`
-        self._on = False
         self.begin()
 
     def choose(self,
@@ -366,8 +365,8 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
         self.meters.check()
 
     def after_epoch(self):
-        # an epoch that a resumed fit passes over has no sums, and leaves no row
-        if self._on and self._sums: self.end_epoch(*(_mean_loss(self._sums.get(split)) for split in ('train','valid')))
+        # an epoch that is passed over, as by a resumed fit, has no sums, and leaves no row
+        if self._sums: self.end_epoch(*(_mean_loss(self._sums.get(split)) for split in ('train','valid')))
         self._sums = {}
 
     def after_fit(self): self._on = False

@@ -62,7 +62,7 @@ def top_vectors(
 )->tuple: # u and v of length 1, without gradient
     "Find the direction that a layer stretches most, by power iteration (eq. 3)."
     for _ in range(steps):
-        v = unit(v.flatten()).view_as(v).detach().requires_grad_()
+        v = unit(v.flatten()).view_as(v).requires_grad_()
         with torch.enable_grad(): out = _linear(module, v)
         u = unit(out.detach().flatten()).view_as(out)
         v, = torch.autograd.grad(out, v, u)
@@ -102,7 +102,6 @@ class GradientPenalty(Regularizer):
             raise ValueError("GradientPenalty differentiates twice, and compiled code can do so once: do not compile")
 
     def open(self):
-        self.close()
         x = self.learn.xb[0] if len(self.learn.xb) else None
         if not (isinstance(x, Tensor) and x.is_floating_point()):
             kind = getattr(x, 'dtype', type(x).__name__)
@@ -154,7 +153,6 @@ class SpectralPenalty(Regularizer):
         self._followed = None
 
     def open(self):
-        self.close()
         def read(call):
             linear = isinstance(call.module, nn.Linear)
             self.shapes[call.name.split(':')[0]] = tuple(call.x.shape[-1:] if linear else call.x.shape[1:])
