@@ -383,6 +383,8 @@ EQUIVALENT = { # changes that mean nothing: part of a module and function, of wh
     ('contract _refuses', '1.0 in -1.0'):"one negative weight is as good as another",
     ('contract check_regularizer', '0.0 in lam=0.0'):"only whether it takes lam counts",
     ('energy hyperspherical_energy', 'grad=False'):"the gradient that nobody asked for costs time alone",
+    ('semantic ISDA.outputs', 'z.detach()'):"moments are detached when they are merged",
+    ('semantic ISDA.outputs', '.long'):"numbers that fit either type",
     ('sharpness _sample', '0 in batch[0]'):"a batch has as many labels as inputs",
     ('sharpness _bisect', '1.002'):"exactly met by chance alone",
     ('sparsity_monitor LayerMeters.open', 'self.close()'):"Python closes a context that is dropped",

@@ -97,6 +97,22 @@ def test_the_gradient_is_that_of_the_replaced_loss(lam, every):
     with learn.no_bar(), learn.added_cbs([Sharper(lam, every=every), Callback(before_backward=step)]): learn.fit(1)
     assert seen==[True]*2
 
+@pytest.mark.parametrize('lam', [.5, 5.])
+def test_the_gradient_is_that_of_the_moved_logits(lam):
+    "Of all parameters, also along the weights that move the logits; the covariances are no variables"
+    learn,seen = fit(epochs=0),[]
+    def step(cb):
+        isda,model = cb.learn.isda,copy.deepcopy(learn.model.cpu())
+        for m in model.modules(): m._forward_hooks.clear(), m._forward_pre_hooks.clear()
+        (name,_), = isda.selected.items()
+        moved = isda_logits(model(cb.x).float(), cb.y, model.get_submodule(name).weight.flatten(1), isda.moments[2], isda.lam_now())
+        want = torch.autograd.grad(F.cross_entropy(moved, cb.y), list(model.parameters()))
+        found = torch.autograd.grad(cb.learn.loss_grad, list(learn.model.parameters()), retain_graph=True)
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
+        seen.append(isda.lam_now())
+    with learn.no_bar(), learn.added_cbs([ISDA(lam), Callback(before_backward=step)]): learn.fit(1)
+    assert seen and max(seen)==pytest.approx(lam)
+
 def test_outputs_of_half_precision_are_computed_in_full():
     model,x,y = nn.Linear(4, 3),100*torch.randn(5, 4),torch.arange(5)%3
     with attach(model, Sharper(.5)) as penalty:

@@ -185,6 +185,15 @@ def test_whole_data_set_whatever_the_batches(bs):
 
 # Layers
 
+def test_a_function_of_one_axis_is_no_layer():
+    "A gate for each channel is a parameter behind a ReLU, not what units say of an image"
+    class Gated(Functional):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Parameter(torch.ones(10))
+        def forward(self, x): return super().forward(x)*F.relu(self.gate)
+    assert list(measure_sparsity(Gated(), [randn(4, 1, 8, 8)]).index)==['relu']
+
 def test_every_call_of_a_shared_relu_is_a_layer():
     net = torchvision.models.resnet18(num_classes=10)
     df = measure_sparsity(net, [randn(2, 3, 32, 32)])
