@@ -3,7 +3,7 @@ import copy
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import pytest, torch
+import numpy as np, pytest, torch
 from fastai.basics import Callback, Learner, SGD
 from fastai.callback.training import GradientAccumulation
 from torch import nn
@@ -43,6 +43,34 @@ def test_lengths():
     assert torch.isclose(norm(scaled), torch.tensor(.3))
     assert norm(amp_displacement(g, lambda d: g, eps=.3, lr=1., steps=4))<=.3+1e-6
     assert all((e==0).all() for e in sam_displacement(w, [torch.zeros_like(v) for v in g], .3))
+
+@pytest.mark.parametrize('steps', [1, 2, 3])
+@pytest.mark.parametrize('eps,lr', [(.5,.2), (.3,1.), (5.,.5)])
+def test_amp_climbs_as_algorithm_1_says(steps, eps, lr):
+    "A quadratic loss of two tensors, climbed in numpy; gradients are asked for where it stands, once a further step"
+    gen,asked = np.random.default_rng(0),[]
+    half = gen.normal(size=(5,5))
+    square,w = half@half.T,gen.normal(size=5)
+    def parts(v): return [torch.tensor(v[:2]),torch.tensor(v[2:])]
+    def joined(d): return torch.cat(list(d)).numpy()
+    def gradients_at(d):
+        asked.append(joined(d))
+        return parts(square@(w+joined(d)))
+    found = joined(amp_displacement(parts(square@w), gradients_at, eps, lr, steps))
+    d,stood = np.zeros(5),[]
+    for i in range(steps):
+        if i: stood.append(d)
+        g = square@(w+d)
+        d = d+lr*g/np.linalg.norm(g)
+        d = d*min(1, eps/np.linalg.norm(d))
+    np.testing.assert_allclose(found, d, rtol=1e-6)
+    assert len(asked)==len(stood)==steps-1 and all(np.allclose(a, b) for a,b in zip(asked, stood))
+    assert (w+found)@square@(w+found)>w@square@w, 'the loss is higher there'
+
+def test_displacements_carry_no_graph_and_steps_may_be_short():
+    w,g = [torch.ones(3, requires_grad=True)],[torch.ones(3)]
+    assert not any(e.requires_grad for e in sam_displacement(w, g, adaptive=True))
+    assert AMP(eps=.1, lr=.1).lr==.1 and AMP(lr=0, eps=0).eps==0
 
 @pytest.mark.parametrize('make', [lambda: SAM(rho=0.), lambda: AMP(eps=0.)])
 def test_no_radius_is_plain_training(make): assert same(trained(make(), model=network(.5)), trained(model=network(.5)))
