@@ -181,6 +181,7 @@ def _wide_console():
 def _stopped():
     "Exit code of an interrupted command, which shows what is there before it ends, whatever is pressed meanwhile"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Console(stderr=True).print("Stopped. What is finished is kept, and shown now.")
     return 130
 
 class _Watch:
@@ -297,7 +298,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
         try: runner.run_many(runs, jobs=jobs, time_budget=budget, store=out/'runs', root=root, on_row=watch)
         except KeyboardInterrupt: code = _stopped()
     show_comparison(runs, out, console)
-    _write_page(console, runs, out/'runs', out/'comparison.html')
+    _write_page(console, runs, out/'runs', out/'comparison.html', told=True)
     if advice: advice(runs, out)
     if code or watch.i<len(runs): _say(console, f"{'Stopped. ' if code else ''}The same command goes on from here.")
     raise typer.Exit(code)
@@ -311,15 +312,18 @@ def _judged_on(df):
     "The accuracy that decides: on test images where there are any, else on validation images"
     return 'accuracy' if 'accuracy' in df else 'valid_accuracy'
 
-def _write_page(console, runs, recorded, path):
-    "Write what a comparison shows, and what to try next, as a page, if there is something to compare"
-    from phantom_nb.experiments.comparison_page import comparison_html
+def _write_page(console, runs, recorded, path, told=False):
+    "Write what a comparison shows, and what to try next, as a page, if there is something to compare; `told`: say it"
+    from phantom_nb.experiments.comparison_page import comparison_html, judge_comparison
     from phantom_nb.experiments.store import load_results, write_atomic
     df = load_results(recorded) if recorded.exists() else None
     if df is None or not len(df): return
     df = df[df.key.isin([run.key for run in runs]) & (df.status=='done')]
     if df.method.nunique()<2 or 'none' not in set(df.method): return
     write_atomic(path, comparison_html(df, f"{path.parent.name}: a comparison", metric=_judged_on(df)))
+    if told:
+        for finding in judge_comparison(df, metric=_judged_on(df))[1:]:
+            if finding.kind=='do': _say(console, str(finding))
     _say(console, f"Page: {path}")
 
 def _compare_folder(data, n_train):
@@ -414,7 +418,7 @@ def _others_words(out, df):
     from phantom_nb.experiments.store import load_results
     if not (out/'runs').exists(): return
     kept = load_results(out/'runs')
-    n = ((kept.experiment!='tune') & ~kept.key.isin([] if df is None else df.key)).sum()
+    n = ((kept.experiment!='tune') & ~kept.key.isin(df.key if df is not None and len(df) else [])).sum()
     if n: return f"{n} more in {out} belong to another version of the file or of the images, and are not shown."
 
 # %% ../nbs/cli.ipynb #409f9fb9

@@ -218,7 +218,7 @@ def test_the_front_figure_draws_every_setting_and_says_what_was_not_run(tmp_path
         methods=dict(good=dict(helps='yes', effects=some), other=dict(helps='unclear', effects=dict(a=dict(diff=.3, error=.3)))))
     axs = front_figure(table, tmp_path/'front.png')
     words = [[text.get_text() for text in ax.texts] for ax in axs.flat]
-    assert axs.shape==(1,2) and words==[['+0.3','+2.0'], ['not run','+0.0']] and (tmp_path/'front.png').stat().st_size>5000
+    assert axs.shape==(1,2) and words==[['+0.3','+2.0'], ['under 3 seeds','+0.0']] and (tmp_path/'front.png').stat().st_size>5000
     assert [ax.get_title(loc='left') for ax in axs.flat]==['setting a','setting b'] and list(tick_names(axs[0,0]).values())==['other','good']
     assert axs[0,0].lines[-1].get_color()==BETTER
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREFIX', 'OUTSIDE', 'FEWEST_SEEDS', 'ABOUT', 'planned_weights', 'same_trainings', 'load_atlas', 'chosen_values',
-           'seed_differences', 'pair_gains', 'best_weight', 'suggestion_table', 'write_suggestions']
+           'seed_differences', 'setting_claims', 'pair_gains', 'best_weight', 'suggestion_table', 'write_suggestions']
 
 # %% ../../nbs/experiments/atlas.ipynb #b2228a88
 import json, tomllib
@@ -16,9 +16,10 @@ import numpy as np, pandas as pd
 
 from .effects import effect_claim, effects_over_settings, pooled_effects
 from .run import Run
-from .stats import answer
+from .stats import Claim, answer
 from .sweep import load_sweep
 from .store import load_results, write_atomic
+from .suggest import WORTH
 from .tune import leave_one_out
 
 # %% ../../nbs/experiments/atlas.ipynb #9a2ed05b
@@ -101,6 +102,15 @@ def seed_differences(
     enough = table.groupby(['setting','method']).seed.transform('count')>=FEWEST_SEEDS
     return table[enough].assign(diff=lambda t: t.value-t.plain)[['setting','method','seed','value','plain','diff']]
 
+def setting_claims(
+    differences:pd.DataFrame # as `seed_differences` gives
+)->pd.DataFrame: # a row a setting, method and claim, 'helps' or 'worth it': as `answer` gives, in points
+    "Claim that every method helps, and by more than half a point, in every setting; all answered together (Holm 1979)."
+    values = {key:100*diff.values for key,diff in differences.groupby(['setting','method'])['diff']}
+    asked = {(*key, 'helps'):Claim(diff) for key,diff in values.items()}
+    asked |= {(*key, 'worth it'):Claim(diff, 'above', WORTH) for key,diff in values.items()}
+    return answer(asked, names=['setting','method','claim'])
+
 # %% ../../nbs/experiments/atlas.ipynb #6476a505
 def pair_gains(
     df:pd.DataFrame, # as `load_atlas` gives
@@ -156,6 +166,7 @@ def suggestion_table(
     primary = effects[~effects.setting.isin(OUTSIDE)]
     means = effects_over_settings(primary).dropna(subset='mean') # of methods with three settings
     helps = answer({method:effect_claim(found) for method,found in means.iterrows()}).answer if len(means) else {}
+    alone = setting_claims(seed_differences(df)).answer.xs('helps', level='claim')
     seconds = df.groupby(['setting','method']).seconds.median().unstack()
     cost = seconds.div(seconds.none, axis=0).median()
     methods = {method:dict(helps=helps.get(method, 'unclear'), cost=round(float(cost[method]), 2), effects={})
@@ -163,7 +174,8 @@ def suggestion_table(
     for row in effects.itertuples():
         runs = df[(df.setting==row.setting) & (df.method==row.method)]
         methods[row.method]['effects'][row.setting] = dict(diff=round(100*row.diff, 3),
-            error=round(100*row.variance**.5, 3), weight=best_weight(runs, names[row.method][0]))
+            error=round(100*row.variance**.5, 3), weight=best_weight(runs, names[row.method][0]),
+            helps=alone[row.setting, row.method])
     settings = {name:_described(runs) for name,runs in df.groupby('setting') if name in set(effects.setting)}
     return dict(settings=settings, methods=methods)
 

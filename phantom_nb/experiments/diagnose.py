@@ -323,7 +323,7 @@ def diagnose(
     else: model = learn
     for name,dl in dict(train=train, valid=valid).items():
         if dl is None or not len(getattr(dl, 'dataset',
-            [])): raise ValueError(f"{name}= has no images: give a loader with some")
+            [])): raise ValueError(f"{name}= has no images: give a loader of some, diagnose(network, train, valid)")
     device = next(model.parameters()).device
     def sample(dl, n): return [(x.to(device), y.to(device)) for x,y in sample_batches(dl, n)[0]]
     seen,held = sample(train, SAMPLE),sample(valid, n)
@@ -375,9 +375,10 @@ def _learned(d):
         return Finding('stop', told, f"Chance is {100/len(d.classes):.1f} %, and these images cannot tell it from "
             "guessing. Check labels, epochs and learning rate (lr_find).")
     gap = a-v
-    if a<90 and gap<max(3, half_width(v/100, n)):
-        return Finding('do', told, "It does not fit its training images: train longer or take a larger network. A "
-            "regularizer would hold it back more.")
+    if a<90:
+        more = ("A regularizer would hold it back more." if gap<max(3, half_width(v/100, n)) else f"It is worse by "
+            f"{gap:.1f} points on held-out ones besides: augmentation and more images help against that.")
+        return Finding('do', told, f"It does not fit its training images: train longer or take a larger network. {more}")
     if gap<max(2, half_width(v/100, n)): return Finding('well', told, "The gap is within what these images can show.")
     return Finding('do', told, f"It over-fits by {gap:.1f} points.{_atlas_words(d)}")
 

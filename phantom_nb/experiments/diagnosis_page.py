@@ -72,7 +72,7 @@ def draw_confusions(
         share = f"{pair.mistakes} of {pair.images}"
         ax.text(0, top, f"{pair.one} and {pair.other}: {share}", va='top', fontsize=8, transform=ax.transAxes)
         for j,(image,_,guess) in enumerate(pair.examples):
-            inset = ax.inset_axes((j/4, top-.25, .2, .17))
+            inset = ax.inset_axes((j/4, top-.27, .24, .21))
             picture = image.numpy().transpose(1,2,0)
             inset.imshow(picture[...,0] if picture.shape[2]!=3 else picture, cmap='gray')
             inset.set(xticks=[], yticks=[])
@@ -228,7 +228,7 @@ def figure_text(
 )->str: # base64
     "Write a figure as PNG, in text, for a page that holds it (ours)."
     out = io.BytesIO()
-    fig.savefig(out, format='png', dpi=120)
+    fig.savefig(out, format='png', dpi=120, bbox_inches='tight')
     plt.close(fig)
     return base64.b64encode(out.getvalue()).decode()
 
@@ -280,7 +280,7 @@ def diagnosis_html(
     about = (f"{d.n_train:,} training images, {len(d.classes)} classes. "
         f"Looked at: {d.train['n']} training and {d.valid['n']} held-out images.")
     about += '' if len(d.curves) else (" Losses by epoch are not drawn: a saved learner doesn't keep them; "
-        "`diagnose(learn)` right after training draws them.")
+        "diagnose(learn) right after training draws them.")
     return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width">'
         f'<title>{escape(d.title)}: a diagnosis</title><style>{STYLE}</style></head><body><main><h1>{escape(d.title)}: '

@@ -427,7 +427,8 @@ def run_title(
     run:Run # any run of a comparison
 )->str: # such as 'digits, 200 training images, small_cnn, 30 epochs'
     "Name a comparison by one of its runs (ours)."
-    images = f"{run.per_class} a class of the" if run.per_class else 'all' if run.n_train is None else run.n_train
+    every = f'all but {run.n_valid}' if run.n_valid else 'all'
+    images = f"{run.per_class} a class of the" if run.per_class else every if run.n_train is None else run.n_train
     epochs = f"{run.epochs} epoch{'' if run.epochs==1 else 's'}"
     return f"{run.data}, {images} training images, {run.model}, {epochs}"
 
@@ -503,7 +504,7 @@ def _effect(ax, row, told, helps):
     "Draw one effect with its 95 % interval and its number, or say that there is none"
     if not told:
         place = dict(transform=ax.get_yaxis_transform(), ha='right', va='center')
-        ax.text(.98, row, 'not run', color='.45', fontsize='small', **place)
+        ax.text(.98, row, f'under {FEWEST} seeds', color='.45', fontsize='small', **place)
         return
     colour = dict(yes=BETTER, no=WORSE).get(helps, '.25')
     mean,half = told['diff'],2*told['error']
