@@ -377,6 +377,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'phantom_nb/experiments/atlas.py'),
                                               'phantom_nb.experiments.atlas.seed_differences': ( 'experiments/atlas.html#seed_differences',
                                                                                                  'phantom_nb/experiments/atlas.py'),
+                                              'phantom_nb.experiments.atlas.setting_claims': ( 'experiments/atlas.html#setting_claims',
+                                                                                               'phantom_nb/experiments/atlas.py'),
                                               'phantom_nb.experiments.atlas.suggestion_table': ( 'experiments/atlas.html#suggestion_table',
                                                                                                  'phantom_nb/experiments/atlas.py'),
                                               'phantom_nb.experiments.atlas.write_suggestions': ( 'experiments/atlas.html#write_suggestions',
