@@ -378,7 +378,8 @@ def _learned(d):
     if a<90:
         more = ("A regularizer would hold it back more." if gap<max(3, half_width(v/100, n)) else f"It is worse by "
             f"{gap:.1f} points on held-out ones besides: augmentation and more images help against that.")
-        return Finding('do', told, f"It does not fit its training images: train longer or take a larger network. {more}")
+        return Finding('do', told, "It does not fit its training images: train longer or take a larger network. "
+            f"{more}")
     if gap<max(2, half_width(v/100, n)): return Finding('well', told, "The gap is within what these images can show.")
     return Finding('do', told, f"It over-fits by {gap:.1f} points.{_atlas_words(d)}")
 
