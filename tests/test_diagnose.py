@@ -64,6 +64,14 @@ def test_bare_numbers_have_their_kind_before_them_and_lost_curves_are_named():
     curves = pd.DataFrame(dict(train_loss=[1.,.5], valid_loss=[1.,.6], accuracy=[.5,.6]))
     assert lost not in diagnosis_html(diagnose(model, *loaders(), classes=list('abcd'), curves=curves))
 
+@pytest.mark.parametrize('held, word', [(.375, 'worse by 29.2 points'), (.66, 'would hold it back')])
+def test_a_network_that_does_not_fit_trains_longer_whatever_the_gap(trained, held, word):
+    found = diagnose(trained)
+    found.train |= dict(accuracy=.667)
+    found.valid |= dict(accuracy=held, n=400)
+    first = next(f for f in judge_network(found) if 'Accuracy is 66.7 %' in f.fact)
+    assert 'train longer' in first.advice and word in first.advice and 'over-fits' not in first.advice
+
 def test_a_bump_that_is_over_is_no_over_fitting(trained):
     "A few bad epochs early on, and a loss that still falls at the end"
     from phantom_nb.experiments.diagnose import onset_of
