@@ -5,14 +5,31 @@ import numpy as np, pandas as pd, pytest
 from scipy.optimize import brentq
 from scipy.stats import ttest_1samp
 
-from phantom_nb.experiments.atlas import chosen_values, load_atlas, pair_gains, planned_weights, same_trainings, seed_differences
+from phantom_nb.experiments.atlas import chosen_values, load_atlas, pair_gains, planned_weights, same_trainings, seed_differences, setting_claims, suggestion_table
 from phantom_nb.experiments.effects import effect_claim, effects_over_settings, pooled_effects, random_effects
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.stats import answer
 from phantom_nb.experiments.store import load_results, write_rows
+from phantom_nb.experiments.suggest import load_table
 from phantom_nb.experiments.sweep import load_sweep
 
 SPEC = 'results/atlas.toml'
+
+def test_claims_of_a_setting_are_in_points_and_have_a_direction():
+    "Five seeds that scatter by a hundredth of a point around a mean in points; all eight p-values are one family (Holm)"
+    means = dict(much=2., little=.2, worse=-2., nothing=0.)
+    scatter = np.array([-.01, -.005, 0., .005, .01])
+    rows = [dict(setting='a', method=name, seed=i, diff=(mean+d)/100) for name,mean in means.items() for i,d in enumerate(scatter)]
+    found = setting_claims(pd.DataFrame(rows))
+    said = found.answer.unstack('claim').droplevel('setting')
+    assert dict(said.helps)==dict(much='yes', little='yes', worse='no', nothing='unclear')
+    assert dict(said['worth it'])==dict(much='yes', little='no', worse='no', nothing='no')
+    np.testing.assert_allclose(found.estimate.xs('helps', level='claim').droplevel('setting')[list(means)], list(means.values()), atol=1e-12)
+    assert found.p['a','little','helps']==pytest.approx(ttest_1samp(.2+scatter, 0).pvalue)
+
+def test_the_packages_table_is_that_of_the_rows():
+    others = [f'results/{name}.jsonl' for name in ('sparsity-fair','hyperspherical-fair','phantom-forms')]
+    assert suggestion_table(load_atlas('results/atlas.jsonl', SPEC, others), SPEC)==load_table()
 
 @pytest.mark.parametrize('seed', range(20))
 def test_spread_solves_its_equation(seed):
