@@ -5,7 +5,8 @@ import numpy as np, pandas as pd, pytest
 from scipy.optimize import brentq
 from scipy.stats import ttest_1samp
 
-from phantom_nb.experiments.atlas import chosen_values, load_atlas, pair_gains, planned_weights, same_trainings, seed_differences, setting_claims, suggestion_table
+from phantom_nb.experiments.atlas import (chosen_values, load_atlas, pair_gains, planned_weights, same_trainings, seed_differences,
+    setting_claims, suggestion_table)
 from phantom_nb.experiments.effects import effect_claim, effects_over_settings, pooled_effects, random_effects
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.stats import answer

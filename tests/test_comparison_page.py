@@ -1,9 +1,13 @@
 "The page on a comparison: what was felt, what was moved, what stands on sound ground"
 import re
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from phantom_nb import cli
 from phantom_nb.cli import app
+from phantom_nb.experiments.store import save_results, write_row
 from phantom_nb.experiments.comparison_page import comparison_html, judge_comparison, label_heights, moved_quantities, save_comparison
 
 def rows(seeds=5, train=1., share=.1, **more):
@@ -42,6 +46,21 @@ def test_labels_keep_their_distance_and_their_order():
     best = minimize(lambda h: ((h-heights)**2).sum(), placed+.01, constraints=steps, options=dict(ftol=1e-12))
     np.testing.assert_allclose(placed, best.x, atol=1e-4)
     np.testing.assert_allclose(label_heights([0., .4, .9], .1), [0., .4, .9])
+
+@pytest.mark.parametrize('told', [False, True])
+def test_what_to_do_is_said_in_the_terminal_too(told, tmp_path, capsys):
+    df = rows(share=.01, train=.6)
+    save_results(df, tmp_path/'rows.jsonl')
+    cli._write_page(Console(width=400), [SimpleNamespace(key=key) for key in df.key], tmp_path/'rows.jsonl', tmp_path/'page.html', told=told)
+    out = capsys.readouterr().out
+    assert ('try lam=10' in out)==told and ('Train longer first' in out)==told and 'Page: ' in out and 'Calibration error' not in out
+
+def test_rows_of_another_version_are_counted_also_where_none_is_asked_for(tmp_path):
+    (tmp_path/'runs').mkdir()
+    for row in rows(2).to_dict('records'): write_row(tmp_path/'runs'/f"{row['key']}.json", row)
+    kept = rows(2)
+    for asked,n in ((None,4), (kept[:0][[]],4), (kept[:3],1)): assert cli._others_words(tmp_path, asked).startswith(f'{n} more in ')
+    assert cli._others_words(tmp_path, kept) is None and cli._others_words(tmp_path/'none', None) is None
 
 def test_networks_that_do_not_fit_are_no_ground():
     assert 'Train longer first' in facts(rows(train=.6)) and 'Train longer' not in facts(rows())
