@@ -5,6 +5,7 @@ from pathlib import Path
 
 import joblib, pytest, torch
 from filelock import FileLock
+from joblib.externals.loky import get_reusable_executor
 
 from phantom_nb.experiments.engines import spread
 from phantom_nb.experiments.methods import METHODS
@@ -227,6 +228,7 @@ def lacking(item, device, threads):
 
 def test_workers_do_not_repeat_what_the_data_lack(capfd):
     "Their parent has read the data and told it once"
+    get_reusable_executor().shutdown()  # workers of an earlier test would write where that test was heard
     assert sorted(spread(lacking, [1,2], jobs=2))==[1,2]
     told = capfd.readouterr().err
     assert 'no test image' not in told and 'another word' in told
