@@ -186,13 +186,14 @@ def _stopped():
 
 class _Watch:
     "Tell about every run as it comes in"
-    def __init__(self, n, console, runs):
+    def __init__(self, n, console, runs, store):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress
         from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from phantom_nb.experiments.report import run_labels
         self.n,self.i = n,0
         self.console = console
         self.labels = run_labels(runs)
+        self.recorded = {path.stem.rpartition('-')[2] for path in Path(store).glob('*.json')} # their keys
         self.settings = len({(run.data, run.n_train) for run in runs}) # tuned runs have other keys
         columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn())
@@ -204,10 +205,10 @@ class _Watch:
         return self
     def __exit__(self, *args): self.bar.__exit__(*args)
 
-    def step(self, what, line, always=False, style=None):
+    def step(self, what, line, always=False, style=None, quiet=False):
         self.i += 1
         self.bar.update(self.task, advance=1, description=f"{what:24}")
-        if self.console.is_terminal and not always: return
+        if (quiet or self.console.is_terminal) and not always: return
         told = f"[{self.i}/{self.n}] {what}: {line}"
         self.console.print(told, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -216,7 +217,7 @@ class _Watch:
         if row['key'] not in self.labels and self.settings>1: what = f"{Path(row['data']).name} {row['n_train']} {what}"
         if row['status']!='done': return self.step(what, f"{row['status']} {row.get('error') or ''}", True, 'red')
         accuracy = row.get('accuracy', row.get('valid_accuracy'))
-        self.step(what, f"{100*accuracy:.1f}% in {row['seconds']:.1f} s")
+        self.step(what, f"{100*accuracy:.1f}% in {row['seconds']:.1f} s", quiet=row['key'] in self.recorded)
 
     def study(self, df):
         if not len(df) or not df.chosen.any(): return
@@ -294,7 +295,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     runs = runner.settle_precision(runs, out/'runs', root)
     for sentence in _recorded_words(runs, out): _say(console, sentence)
     code = 0
-    with _Watch(len(runs), console, runs) as watch:
+    with _Watch(len(runs), console, runs, out/'runs') as watch:
         try: runner.run_many(runs, jobs=jobs, time_budget=budget, store=out/'runs', root=root, on_row=watch)
         except KeyboardInterrupt: code = _stopped()
     show_comparison(runs, out, console)
@@ -401,7 +402,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     if budget: _say(console, f"{plan.counted(n, 'run')} in {plan.duration(budget)} at most.")
     def n_studies(part): return len({(run.method, run.data, run.n_train, run.model) for run in part.runs})
     todo = n + sum(n_studies(part) for part in experiment.parts if part.tune)
-    with _Watch(todo, console, settle_precision(experiment.runs, out/'runs', root)) as watch:
+    with _Watch(todo, console, settle_precision(experiment.runs, out/'runs', root), out/'runs') as watch:
         try: run_sweep(experiment, out, budget, root, watch, watch.study, engine=engine, jobs=jobs, address=address)
         except KeyboardInterrupt: code = _stopped()
     df = load_results(out/'results.jsonl') if (out/'results.jsonl').exists() else None
@@ -423,7 +424,8 @@ def _others_words(out, df):
 
 # %% ../nbs/cli.ipynb #409f9fb9
 Recorded = Annotated[Path, _argument("Folder of a sweep or comparison or of .jsonl files, or one such file.")]
-Where = Annotated[list[str]|None, _option("Keep rows with column=value; may be repeated.")]
+Where = Annotated[list[str]|None, _option("Keep rows with column=value; may be repeated. "
+    "With method=NAME the baseline stays.")]
 Over = Annotated[str|None, _option("Comma-separated columns that tell comparisons apart. Default: what varies.")]
 Metric = Annotated[str|None, _option("What is compared: accuracy, or a loss such as loss or train_loss. "
     "Default: accuracy; valid_accuracy where no run was judged on test images.")]
@@ -438,6 +440,15 @@ def _check_suffix(path, suffixes):
     if path and path.suffix not in suffixes:
         raise ValueError(f"{str(path)!r}: give a file name that ends in {', '.join(suffixes)}")
 
+def _show_overview(df, console):
+    "Where there is more than a table can compare, say what there is to choose from; whether that was so"
+    from phantom_nb.experiments.report import overview
+    if df.experiment.nunique()<2 or df.groupby(['experiment','method']).ngroups<=40: return False
+    table = overview(df)
+    _show_table(table, console, f"{len(table)} experiments")
+    _say(console, f"Too much for one table. Choose one: --where experiment={table.experiment[0]}")
+    return True
+
 @app.command()
 def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric=None, lower_is_better:Lower=None,
     baseline:Baseline='none', export:Export=None, plot:Plot=None):
@@ -451,8 +462,8 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric=None,
         for condition in where or []:
             if '=' in condition: continue
             check.refuse(f"--where {condition!r}: write column=value, for instance data=digits")
-    from phantom_nb.experiments.report import as_markdown, filter_rows, plot_comparisons, save_figure, show_results
-    from phantom_nb.experiments.report import tell_apart
+    from phantom_nb.experiments.report import as_markdown, filter_rows, plot_comparisons, save_figure
+    from phantom_nb.experiments.report import show_results, tell_apart
     from phantom_nb.experiments.store import load_results, save_results, write_atomic
     df,console = load_results(path),_wide_console()
     df = df[df.experiment!='tune'] if len(df) else df
@@ -462,10 +473,11 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric=None,
         for column in columns or []: check(one_of, 'over', column, df)
         metric = metric or _judged_on(df)
         check(one_of, '--metric', metric, [*df.select_dtypes('number')])
-        df = check(filter_rows, df, where)
+        df = check(filter_rows, df, where, baseline)
         if df is not None and not len(df): check.refuse(f"no runs in {path} with {' and '.join(where or [])}")
         elif df is not None and baseline!='none':
             check(one_of, 'baseline', baseline, sorted((df if columns else tell_apart(df)[0]).method.unique()))
+    if not (columns or export or plot) and _show_overview(df, console): return
     higher = None if lower_is_better is None else not lower_is_better
     table = show_results(df, console, columns, metric=metric, baseline=baseline, higher_is_better=higher)
     if export:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HOUSE', 'BETTER', 'WORSE', 'NEITHER', 'COLOURS', 'LEGEND', 'house_style', 'Unit', 'unit_of', 'metric_words', 'span',
            'each_comparison', 'verdict', 'text_cells', 'as_rich', 'as_markdown', 'forest', 'plot_comparison',
-           'plot_comparisons', 'filter_rows', 'run_rows', 'tell_apart', 'run_labels', 'direction_words', 'show_results',
-           'save_figure', 'run_title', 'write_report', 'show_comparison', 'front_figure']
+           'plot_comparisons', 'filter_rows', 'overview', 'run_rows', 'tell_apart', 'run_labels', 'direction_words',
+           'show_results', 'save_figure', 'run_title', 'write_report', 'show_comparison', 'front_figure']
 
 # %% ../../nbs/experiments/report.ipynb #3f71e30a
 from collections.abc import Generator, Iterable, Sequence
@@ -305,7 +305,8 @@ def plot_comparisons(
 # %% ../../nbs/experiments/report.ipynb #c1221c32
 def filter_rows(
     df:pd.DataFrame, # rows
-    where:Iterable|None # conditions 'column=value'; None for none
+    where:Iterable|None, # conditions 'column=value'; None for none
+    baseline:str|None=None # method that stays where others are asked for, to compare with; None for none
 )->pd.DataFrame: # the rows that meet all of them
     "Filter runs; an unknown column or a condition without '=' raises a `ValueError`."
     for condition in where or []:
@@ -313,8 +314,18 @@ def filter_rows(
         if not sign: raise ValueError(f"--where {condition!r}: write column=value, for instance data=digits")
         values = df[one_of('column', column.strip(), df.columns)]
         numeric = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-        df = df[values==float(value)] if numeric else df[values.astype(str)==value.strip()]
+        kept = values==float(value) if numeric else values.astype(str)==value.strip()
+        if column.strip()=='method' and kept.any(): kept |= values==baseline
+        df = df[kept]
     return df
+
+def overview(
+    df:pd.DataFrame # rows of `load_results`
+)->pd.DataFrame: # an experiment a row
+    "Count what is recorded, where it is more than a table can compare (ours)."
+    by = df.groupby('experiment')
+    words = {name:by[name].agg(lambda column: ', '.join(map(str, column.unique()))) for name in ('data','model')}
+    return pd.DataFrame(dict(runs=by.size(), methods=by.method.nunique(), seeds=by.seed.nunique()) | words).reset_index()
 
 def _varying(df, columns, by):
     "Those of the columns that take several values within a group"

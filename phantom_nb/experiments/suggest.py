@@ -115,9 +115,12 @@ def suggest(
         each = ', '.join(f"{known[name]['diff']:+z.1f}" if name in known else '-' for name,_ in near)
         points = f"{effect.mean:+z.1f} ± {2*effect.error:.1f}"
         lines.append(f"  {effect.method:18} {points}   {each:12} {effect.helps:8} {effect.weight}")
+    if rest := [f"{effect.method} {effect.mean:+z.1f}" for effect in effects[5:]]:
+        lines.append(f"  and less: {', '.join(rest)}")
     if len(table['settings'])<3:
         lines.append("  (Fewer than three settings are recorded: what helps everywhere is not known yet.)")
-    return '\n'.join([*lines, "", *_advice(effects), *_caution(near)])
+    alike = any(table['settings'][name].get('pretrained', False)==mine.pretrained for name,_ in near)
+    return '\n'.join([*lines, "", *_advice(effects), *_caution(near, alike)])
 
 def _advice(effects):
     "The sentences that recommend"
@@ -138,8 +141,9 @@ def _advice(effects):
     if best.cost>1.2: lines.append(f"  It takes {best.cost:.1f} times as long as plain training.")
     return [*lines, f"  Try it on your images: phantom_nb compare --data FOLDER --methods none,{best.method}"]
 
-def _caution(near):
-    "A sentence where even the nearest setting is far"
-    if near[0][1]<=2: return []
-    return [f"Take care: the nearest setting is {near[0][1]:.1f} steps away, so this is a guess. "
+def _caution(near, alike):
+    "A sentence where even the nearest setting is far, or where networks began in another way (`alike` is false)"
+    if near[0][1]<=2 and alike: return []
+    start = '' if alike else " and its networks began in another way (pretrained or not)"
+    return [f"Take care: the nearest setting is {near[0][1]:.1f} steps away{start}, so this is a guess. "
         "Compare on your own images."]
