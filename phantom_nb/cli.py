@@ -301,7 +301,8 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     show_comparison(runs, out, console)
     _write_page(console, runs, out/'runs', out/'comparison.html', told=True)
     if advice: advice(runs, out)
-    if code or watch.i<len(runs): _say(console, f"{'Stopped. ' if code else ''}The same command goes on from here.")
+    if code or watch.i<len(runs):
+        _say(console, f"{watch.i} of {plan.counted(len(runs), 'run')} are in. The same command goes on from here.")
     raise typer.Exit(code)
 
 # %% ../nbs/cli.ipynb #66a98f97
@@ -531,12 +532,12 @@ Saved = Annotated[Path, _argument("File of learn.export. It is a pickle: open on
 Sample = Annotated[int|None, _option("Training images to measure on, class-balanced. "
     "Default: 1000, or all there are.")]
 Figure = Annotated[Path|None, _option("File of the figure (.png, .svg, .pdf). "
-    "Default: LEARNER.png beside the learner.")]
+    "Default: LEARNER-layers.png beside the learner.")]
 
 @app.command()
 def measure(learner:Saved, data:Data='digits', n:Sample=None, size:Size=None, plot:Figure=None, root:Root=None):
     "Report how much a saved learner tells apart inside its classes, by layer; save the figure."
-    plot = plot or learner.with_suffix('.png')
+    plot = plot or learner.with_name(f'{learner.stem}-layers.png')
     with _checks() as check:
         check(check_data, data)
         check(_check_suffix, plot, PICTURES)

@@ -167,7 +167,7 @@ class Regularizer(TrainingCallback):
         every:int=1, # optimizer steps from one penalty to the next, >= 1; the penalty is multiplied by it
         layers:type|str|Callable|Sequence|None=None # see `select_layers`; None for all layers of `self.types`
     ):
-        if not callable(lam): number('lam', lam, at_least=0, what="an annealer such as SchedLin(0., 1.), or a number")
+        if not callable(lam): number('lam', lam, at_least=0, what="a number (or a schedule such as SchedLin(0., 1.))")
         whole('every', every, at_least=1, what="a whole number of steps")
         store_attr()
         self.selected = {} # name -> module it acts on

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..checks import Refusals, Refused, number, one_of, whole
 from .methods import LR, METHODS, full_settings, make_method, method_parts, search_space
-from .run import Run
+from .run import DATA_NAMES, Run
 
 # %% ../../nbs/experiments/sweep.ipynb #ab7d15f0
 OWN_KEYS = 'methods','seeds','runs','tune','trace','factors','take'
@@ -144,6 +144,11 @@ def _try_method(method, settings):
     try: make_method(method, **settings)
     except (TypeError, AttributeError) as e: raise ValueError(f"settings of {method}: {e}") from e
 
+def _with_size(given):
+    "All images of a folder train, where no number is given"
+    named = given.get('data', Run.data) in DATA_NAMES
+    return given if named or given.get('per_class') is not None else {'n_train':None, **given}
+
 def runs_of(
     table:dict, # keys of one table
     experiment:str # its name, if the table gives none
@@ -164,7 +169,7 @@ def runs_of(
         each = [(method,values) for method in methods for values in check(grid, own[method]) or []]
         _check_many(len(tables)*len(seeds)*len(each))
         for method,values in each: check(_try_method, method, values)
-        runs = [check(Run, method=method, settings=values, seed=seed, **given)
+        runs = [check(Run, method=method, settings=values, seed=seed, **_with_size(given))
             for given in tables for seed in seeds for method,values in each or [('none', {})]]
     return tuple(runs)
 
