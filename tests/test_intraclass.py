@@ -169,9 +169,9 @@ def run(capsys, *args):
 def test_report_of_a_saved_learner(saved, capsys, tmp_path):
     code,out = run(capsys, saved/'fine.pkl', '--n', 100)
     assert code==0 and 'stage3.1.relu' in out and 'network' in out and 'c4' in out and 'c1' not in out
-    assert (saved/'fine.png').stat().st_size>1000
+    assert (saved/'fine-layers.png').stat().st_size>1000
     code,out = run(capsys, saved/'coarse.pkl', '--n', 100, '--plot', tmp_path/'a.svg')
-    assert code==0 and 'c1' in out and (tmp_path/'a.svg').exists() and not (saved/'coarse.png').exists()
+    assert code==0 and 'c1' in out and (tmp_path/'a.svg').exists() and not (saved/'coarse-layers.png').exists()
 
 @pytest.mark.parametrize('args,message', [(['none.pkl'], 'no learner at'), (['dict.pkl'], 'cannot be opened as a learner'),
     (['text.pkl'], 'cannot be opened as a learner'), (['fine.pkl','--data','digit'], "did you mean 'digits'?"), (['fine.pkl','--n','4'], '--n 4'),

@@ -12,6 +12,7 @@ from phantom_nb.experiments.plan import advise, detectable_words, divide_time, h
 from phantom_nb.experiments.plan import plan_comparison, seconds_for, validation_images
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.runner import load_results
+from phantom_nb.experiments.sweep import runs_of
 from phantom_nb.experiments.timing import ratio_interval
 
 @given(st.floats(1, 1e5), st.floats(.01, 100), st.floats(0, 100), st.integers(1, 8))
@@ -101,8 +102,15 @@ def test_compare_on_a_folder_without_test_images_cross_validates(photos, tmp_pat
         assert '2 methods, 3 seeds, 2 epochs' in out.out and 'can show differences' in out.out
         assert 'plain training' in out.out.splitlines()[-1] or 'dropout' in out.out.splitlines()[-1]
     assert '6 of 6 runs are recorded already' in out.out
+    assert '[1/6]' not in out.out # and not told again
     df = load_results('compare/photos-all/runs')
     assert set(df.folds)=={5} and {'valid_accuracy','accuracy'}<=set(df) and (df.n_train+df.n_valid).eq(48).all() and json.loads(Path('compare/photos-all/plan.json').read_text())
+
+def test_a_sweep_trains_on_all_images_of_a_folder(photos):
+    table = dict(data=str(photos), methods=['none'], seeds=1)
+    assert [run.n_train for run in runs_of(table, 'e')]==[None]
+    assert [run.n_train for run in runs_of(table | dict(n_train=[20,'all']), 'e')]==[20,None]
+    assert [run.n_train for run in runs_of(table | dict(data='digits'), 'e')]==[200]
 
 def test_gpu_pieces_are_refused_kindly_where_there_is_none(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)

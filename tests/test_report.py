@@ -7,10 +7,12 @@ from matplotlib.colors import to_rgba
 from pathlib import Path
 from rich.console import Console
 
+from phantom_nb import cli
 from phantom_nb.experiments.report import (BETTER, NEITHER, WORSE, as_markdown, as_rich, direction_words, filter_rows, front_figure, house_style, metric_words,
     plot_comparison, plot_comparisons, run_labels, show_comparison, show_results, tell_apart, text_cells, verdict)
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.stats import comparison, comparisons
+from phantom_nb.experiments.store import load_results
 from test_stats import LUCK, RUNS, frame, null_frame
 
 RESULTS = Path(__file__).parent.parent/'results'
@@ -199,6 +201,21 @@ def test_filters():
     assert len(filter_rows(df, ['method=phantom','n_train=200']))==1 and len(filter_rows(df, None))==2
     for where,what in (('digits', 'write column=value'), ('dat=digits', "column='dat' .did you mean 'data'")):
         with pytest.raises(ValueError, match=what): filter_rows(df, [where])
+
+def test_the_baseline_stays_where_one_method_is_asked_for():
+    df = pd.concat([rows([None, dict(lam=.1)]), rows([dict(lam=1)], method='other').assign(method='other')], ignore_index=True)
+    assert filter_rows(df, ['method=phantom'], 'none').method.tolist()==['none','phantom']
+    assert not len(filter_rows(df, ['method=phantm'], 'none')) # a slip shows nothing, not the baseline alone
+
+def test_what_no_table_can_hold_is_counted_first(capsys):
+    with pytest.raises(SystemExit) as e: cli.main(['results', 'results/atlas.jsonl'])
+    out = capsys.readouterr().out
+    counts = load_results('results/atlas.jsonl').groupby('experiment').size()
+    assert e.value.code==0 and 'Choose one: --where experiment=atlas-' in out
+    for name,n in counts.items(): assert [str(n)]==[line.split()[1] for line in out.splitlines() if line.split()[:1]==[name]]
+    with pytest.raises(SystemExit): cli.main(['results', 'results/atlas.jsonl', '--where', 'experiment=atlas-digits-200', '--where', 'method=sam'])
+    out = capsys.readouterr().out
+    assert 'sam rho=' in out and out.count('none ') and 'mixup' not in out and 'Choose one' not in out
 
 @pytest.mark.parametrize('metric,up,words', [('accuracy',None,''), ('similarity',None,'Lower similarity counts'), ('loss',None,'Lower loss counts'),
     ('accuracy',False,'Lower accuracy counts as better, as asked for'), ('within',None,'No direction is known for within: higher'), ('within',False,'Lower within')])

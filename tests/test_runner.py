@@ -337,7 +337,7 @@ def test_answers_without_pytorch(args):
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert out.stdout.strip().endswith('[]'), out.stdout+out.stderr
 
-@pytest.mark.parametrize('args,what', [(['compare','--data','digitz'], "did you mean 'digits'"), (['compare','--methods','mpu'], 'give one of none'),
+@pytest.mark.parametrize('args,what', [(['compare','--data','digitz'], "did you mean 'digits'"), (['compare','--methods','mpu'], "did you mean 'amp'"),
     (['compare','--seeds','0'], 'seeds=0'), (['compare','--n-train','5000'], '5000'), (['bench','speed'], "benchmark='speed'"),
     (['data','cifar11'], "did you mean 'cifar10'"), (['compare','--time-budget','soon'], 'such as 90s, 30m'), (['sweep','none.toml'], 'does not exist'),
     (['compare','--model','timm:x','--epochs','0'], 'epochs=0'), (['data','--download'], 'needs a name'), (['compare','--model','cnn'], "model='cnn'"),

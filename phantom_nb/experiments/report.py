@@ -324,8 +324,9 @@ def overview(
 )->pd.DataFrame: # an experiment a row
     "Count what is recorded, where it is more than a table can compare (ours)."
     by = df.groupby('experiment')
-    words = {name:by[name].agg(lambda column: ', '.join(map(str, column.unique()))) for name in ('data','model')}
-    return pd.DataFrame(dict(runs=by.size(), methods=by.method.nunique(), seeds=by.seed.nunique()) | words).reset_index()
+    data = by.data.agg(lambda names: ', '.join(map(str, names.unique())))
+    table = dict(runs=by.size(), methods=by.method.nunique(), seeds=by.seed.nunique(), data=data)
+    return pd.DataFrame(table).reset_index()
 
 def _varying(df, columns, by):
     "Those of the columns that take several values within a group"
