@@ -140,9 +140,9 @@ def draw_times(
     ax.axhline(0, color='.8', zorder=0)
     step = (points[-1][0]-points[0][0] or 1)/12
     heights = label_heights([gain for gain,_,_ in points], step)
-    ax.set_ylim(min(heights)-step, max(heights)+step)
+    ax.set(ylim=(min(heights)-step, max(heights)+step), xlim=(0, 1.05*max(times)))
     for height,(gain,time,name) in zip(heights, points):
-        ax.annotate(name, (time, gain), (1.06*max(times), height), fontsize=6, va='center',
+        ax.annotate(name, (time, gain), (1.02, height), textcoords=ax.get_yaxis_transform(), fontsize=6, va='center',
             arrowprops=dict(arrowstyle='-', color='.75', lw=.5))
     ax.set(title='Gain and time', xlabel='seconds of a run, plain: 1', ylabel=f'difference{unit.difference}')
 
