@@ -301,8 +301,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
     show_comparison(runs, out, console)
     _write_page(console, runs, out/'runs', out/'comparison.html', told=True)
     if advice: advice(runs, out)
-    if code or watch.i<len(runs):
-        _say(console, f"{watch.i} of {plan.counted(len(runs), 'run')} are in. The same command goes on from here.")
+    if code or watch.i<len(runs): _say(console, "The same command goes on from here.")
     raise typer.Exit(code)
 
 # %% ../nbs/cli.ipynb #66a98f97

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from phantom_nb import cli
-from phantom_nb.experiments.report import (BETTER, NEITHER, WORSE, as_markdown, as_rich, direction_words, filter_rows, front_figure, house_style, metric_words,
+from phantom_nb.experiments.report import (BETTER, NEITHER, WORSE, as_markdown, as_rich, direction_words, filter_rows, front_figure, house_style, legend, metric_words,
     plot_comparison, plot_comparisons, run_labels, show_comparison, show_results, tell_apart, text_cells, verdict)
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.stats import comparison, comparisons
@@ -46,7 +46,7 @@ def test_verdict_in_words():
 def test_words_for_too_few_seeds_and_no_pairs():
     for n,words in ((1,'One seed has'), (2,'Two seeds have')):
         text = verdict(comparison(frame(dict(none=[.5,.6][:n], up=[.9,1.][:n]))))
-        assert text==f'Best against none: up, +40.0 points. {words} no interval: run three or more to tell chance from effect.'
+        assert text==f'{words} no interval: run three or more to tell chance from effect. So far: Best against none: up, +40.0 points.'
     assert 'agree to the last digit' in verdict(comparison(frame(dict(none=LUCK, same=LUCK, plus=LUCK+.1))))
     assert verdict(comparison(frame(dict(mhe=[.5,.6]))))=='Nothing can be compared with none: no run of it is here.'
     assert verdict(comparison(frame(dict(none=[.5,.6]))))=='There are only runs of none: nothing is compared.'
@@ -201,6 +201,12 @@ def test_filters():
     assert len(filter_rows(df, ['method=phantom','n_train=200']))==1 and len(filter_rows(df, None))==2
     for where,what in (('digits', 'write column=value'), ('dat=digits', "column='dat' .did you mean 'data'")):
         with pytest.raises(ValueError, match=what): filter_rows(df, [where])
+
+def test_a_table_with_missing_runs_says_what_its_numbers_are():
+    df = pd.concat([rows([None, {}], seed=seed) for seed in range(4)], ignore_index=True)
+    assert 'own seeds' not in legend(comparison(df)) and 'own seeds' in legend(comparison(df.drop(7)))
+    both = pd.concat([df, df.drop(7).assign(data='cifar10')], ignore_index=True)
+    assert 'own seeds' in legend(comparisons(both, ['data']))
 
 def test_the_baseline_stays_where_one_method_is_asked_for():
     df = pd.concat([rows([None, dict(lam=.1)]), rows([dict(lam=1)], method='other').assign(method='other')], ignore_index=True)
