@@ -1212,6 +1212,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'phantom_nb/experiments/report.py'),
                                                'phantom_nb.experiments.report.house_style': ( 'experiments/report.html#house_style',
                                                                                               'phantom_nb/experiments/report.py'),
+                                               'phantom_nb.experiments.report.legend': ( 'experiments/report.html#legend',
+                                                                                         'phantom_nb/experiments/report.py'),
                                                'phantom_nb.experiments.report.metric_words': ( 'experiments/report.html#metric_words',
                                                                                                'phantom_nb/experiments/report.py'),
                                                'phantom_nb.experiments.report.overview': ( 'experiments/report.html#overview',
