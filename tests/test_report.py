@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from phantom_nb import cli
-from phantom_nb.experiments.report import (BETTER, NEITHER, WORSE, as_markdown, as_rich, direction_words, filter_rows, front_figure, house_style, legend, metric_words,
-    plot_comparison, plot_comparisons, run_labels, show_comparison, show_results, tell_apart, text_cells, verdict)
+from phantom_nb.experiments.report import (BETTER, NEITHER, WORSE, as_markdown, as_rich, direction_words, filter_rows, front_figure, house_style, legend,
+    metric_words, plot_comparison, plot_comparisons, run_labels, show_comparison, show_results, tell_apart, text_cells, verdict)
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.stats import comparison, comparisons
 from phantom_nb.experiments.store import load_results
