@@ -221,11 +221,11 @@ READING = dict(curves='Validation loss that rises while training loss falls is o
     confusions='Look first whether the labels are right.',
     similarity='Cosine of the mean embeddings of two classes: near 1, the network hardly parts them.',
     margins='Left of 0 the answer is wrong; near 0 it was close.',
-    energy='Above 1, neurons of a layer point in more similar directions than random ones; below, in more diverse ones.',
+    energy='Above 1, neurons of a layer point in more similar directions than random ones; below, less similar.',
     norms='1: as long as the weights of a fresh network.',
     activations='Share of zeros among the activations; units that never respond do nothing.',
-    intraclass='How much images of one class differ, relative to all: by neuron (c3), by distance (c4). High: the layer '
-    'still tells them apart.',
+    intraclass='How much images of one class differ, relative to all: by neuron (c3), by distance (c4). High: the '
+    'layer still tells them apart.',
     bands='In the middle: usual. At an end: rare, which alone is neither good nor bad.')
 PROFILES = dict(energy=['energy'], norms=['norm'], activations=['sparsity','dead'], intraclass=['c3','c4'])
 ALT = dict(curves='Training and validation loss by epoch',
