@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', 'Methods', 'Seeds', 'Epochs', 'Model',
-           'Pretrained', 'Augment', 'Size', 'Lr', 'Precision', 'Out', 'Root', 'Jobs', 'Budget', 'Spec', 'SweepOut',
-           'Limit', 'Engine', 'Address', 'Recorded', 'Where', 'Over', 'Metric', 'Lower', 'Baseline', 'Export', 'Plot',
-           'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Sample', 'Figure', 'Classes', 'PerClass', 'WrongLabels',
-           'Imbalance', 'Page', 'Trained', 'Pieces', 'Listed', 'seconds_of', 'compare', 'sweep', 'results',
-           'data_command', 'bench', 'measure', 'suggest', 'report', 'gpu', 'main']
+           'Pretrained', 'Augment', 'Size', 'Lr', 'Precision', 'Out', 'Root', 'Jobs', 'Budget', 'MOST_FINDINGS', 'Spec',
+           'SweepOut', 'Limit', 'Engine', 'Address', 'Recorded', 'Where', 'Over', 'Metric', 'Lower', 'Baseline',
+           'Export', 'Plot', 'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Sample', 'Figure', 'MEASURES_TOLD',
+           'Classes', 'PerClass', 'WrongLabels', 'Started', 'Imbalance', 'Page', 'Trained', 'Pieces', 'Listed',
+           'seconds_of', 'compare', 'sweep', 'results', 'data_command', 'bench', 'measure', 'suggest', 'report', 'gpu',
+           'main']
 
 # %% ../nbs/cli.ipynb #3b88872f
 import inspect, os, re, signal, sys, warnings
@@ -190,10 +191,11 @@ class _Watch:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress
         from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from phantom_nb.experiments.report import run_labels
+        from phantom_nb.experiments.store import run_file
         self.n,self.i = n,0
         self.console = console
         self.labels = run_labels(runs)
-        self.recorded = {path.stem.rpartition('-')[2] for path in Path(store).glob('*.json')} # their keys
+        self.recorded = {run.key for run in runs if run_file(store, run).exists()}
         self.settings = len({(run.data, run.n_train) for run in runs}) # tuned runs have other keys
         columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn())
@@ -277,29 +279,29 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
         check(Run, **{**fields, 'frozen':0}, n_train=n_train, epochs=1 if epochs is None else epochs)
         check(_check_root, root)
         check(_check_folder, 'out', out or Path('compare'))
-    from phantom_nb.experiments import plan, runner
-    from phantom_nb.experiments.methods import make_method
-    from phantom_nb.experiments.report import show_comparison
-    with Refusals() as check:
-        for name in chosen or []: check(make_method, name) # whether its parts go together
-    console,advice = _wide_console(),None
-    added = methods and 'none' not in methods.replace(' ', '').split(',')
-    if added: _say(console, "Plain training (none) is added, to compare with.")
-    shared, = runner.name_images([Run(**{**fields, 'frozen':0})])
-    if shared.images: fields['images'] = shared.images
-    if budget is None:
-        runs = plan.comparison_runs(n_train=n_train, methods=chosen, seeds=seeds or 5, epochs=epochs, **fields)
-    else: runs,advice = _planned(plan, console, fields, n_train, budget, chosen, seeds, epochs, out, root, jobs)
-    out = out or _compare_folder(data, runs[0].n_train)
-    _say_images(console, plan, runs, runner.make_learner(runs[0], root).dls, budget)
-    runs = runner.settle_precision(runs, out/'runs', root)
-    for sentence in _recorded_words(runs, out): _say(console, sentence)
-    code = 0
+    console,advice,code = _wide_console(),None,0
+    with console.status("Reading the images ..."):
+        from phantom_nb.experiments import plan, runner
+        from phantom_nb.experiments.methods import make_method
+        from phantom_nb.experiments.report import show_comparison
+        with Refusals() as check:
+            for name in chosen or []: check(make_method, name) # whether its parts go together
+        added = methods and 'none' not in methods.replace(' ', '').split(',')
+        if added: _say(console, "Plain training (none) is added, to compare with.")
+        shared, = runner.name_images([Run(**{**fields, 'frozen':0})])
+        if shared.images: fields['images'] = shared.images
+        if budget is None:
+            runs = plan.comparison_runs(n_train=n_train, methods=chosen, seeds=seeds or 5, epochs=epochs, **fields)
+        else: runs,advice = _planned(plan, console, fields, n_train, budget, chosen, seeds, epochs, out, root, jobs)
+        out = out or _compare_folder(data, runs[0].n_train)
+        runs = runner.settle_precision(runs, out/'runs', root)
+        _say_images(console, plan, runs, runner.make_learner(runs[0], root).dls, budget, _is_complete(runs, out))
+        for sentence in _recorded_words(runs, out): _say(console, sentence)
     with _Watch(len(runs), console, runs, out/'runs') as watch:
         try: runner.run_many(runs, jobs=jobs, time_budget=budget, store=out/'runs', root=root, on_row=watch)
         except KeyboardInterrupt: code = _stopped()
     show_comparison(runs, out, console)
-    _write_page(console, runs, out/'runs', out/'comparison.html', told=True)
+    _write_all(console, runs, out)
     if advice: advice(runs, out)
     if code or watch.i<len(runs): _say(console, "The same command goes on from here.")
     raise typer.Exit(code)
@@ -313,29 +315,57 @@ def _judged_on(df):
     "The accuracy that decides: on test images where there are any, else on validation images"
     return 'accuracy' if 'accuracy' in df else 'valid_accuracy'
 
-def _write_page(console, runs, recorded, path, told=False):
-    "Write what a comparison shows, and what to try next, as a page, if there is something to compare; `told`: say it"
-    from phantom_nb.experiments.comparison_page import comparison_html, judge_comparison
-    from phantom_nb.experiments.store import load_results, write_atomic
-    df = load_results(recorded) if recorded.exists() else None
-    if df is None or not len(df): return
-    df = df[df.key.isin([run.key for run in runs]) & (df.status=='done')]
-    if df.method.nunique()<2 or 'none' not in set(df.method): return
+def _write_page(console, df, mine, path):
+    "Say what to mind in a comparison, `mine`; write it, and what else is recorded in `df`, as a page"
+    from phantom_nb.experiments.comparison_page import comparison_html
+    from phantom_nb.experiments.store import write_atomic
+    df,mine = df[df.status=='done'],mine[mine.status=='done']
+    if mine.method.nunique()<2 or 'none' not in set(mine.method): return
     write_atomic(path, comparison_html(df, f"{path.parent.name}: a comparison", metric=_judged_on(df)))
-    if told:
-        for finding in judge_comparison(df, metric=_judged_on(df))[1:]:
-            if finding.kind=='do': _say(console, str(finding))
+    _say_findings(console, mine)
     _say(console, f"Page: {path}")
+
+def _write_all(console, runs, out):
+    "The page of a comparison's folder: all that is recorded there of the same images"
+    from phantom_nb.experiments.store import load_results
+    if not any((out/'runs').glob('*.json')): return
+    df = load_results(out/'runs')
+    mine = df[df.key.isin([run.key for run in runs])]
+    _write_page(console, df[df.images==runs[0].images], mine, out/'comparison.html')
+
+MOST_FINDINGS = 6
+
+def _say_findings(console, df, baseline='none'):
+    "Say what is to be done about each of the comparisons of some rows, before their verdicts count"
+    from phantom_nb.experiments.comparison_page import findings_of
+    told = list(findings_of(df, baseline, _judged_on(df)))
+    for sentence in told[:MOST_FINDINGS]: _say(console, sentence)
+    if len(told)>MOST_FINDINGS: _say(console, f"   and {len(told)-MOST_FINDINGS} more, on the page of each comparison.")
 
 def _compare_folder(data, n_train):
     "Where the results of a comparison go"
     name = Path(data).expanduser().resolve().name if '/' in data else data
     return Path('compare')/f"{name}-{n_train or 'all'}"
 
-def _say_images(console, plan, runs, dls, budget):
+def _image_words(plan, run, dls):
+    "Which images train, choose and judge, and whether they are augmented"
+    judges = run.test or not run.n_valid # else validation images judge
+    n_valid,n_test = (len(dls.valid_ds), len(dls.test_ds)) if judges else (0, len(dls.valid_ds))
+    way = 'crop' if run.augment is True else run.augment
+    how = "not augmented" if dls.train.augment is None else f"augmented ({way})"
+    words = plan.images_words(len(dls.train_ds), n_valid, n_test, run.folds)
+    return f"{dls.source}. {words} Training images are {how}."
+
+def _is_complete(runs, out):
+    "Whether all runs are recorded"
+    from phantom_nb.experiments.store import run_file
+    return all(run_file(out/'runs', run).exists() for run in runs)
+
+def _say_images(console, plan, runs, dls, budget, complete):
     "Say which images train, choose and judge, and how small a difference they can show"
     run,n_test = runs[0],len(dls.test_ds)
-    _say(console, f"{dls.source}. {plan.images_words(len(dls.train_ds), len(dls.valid_ds), n_test, run.folds)}")
+    _say(console, _image_words(plan, run, dls))
+    if complete: return # the table says what these runs show
     if budget:
         seeds,methods = (len({getattr(run, name) for run in runs}) for name in ('seed','method'))
         _say(console, plan.detectable_words(seeds, methods-1, n_test))
@@ -362,7 +392,8 @@ def _planned(plan, console, fields, n_train, budget, methods, seeds, epochs, out
     def make(): return plan.plan_comparison(run, budget, methods, seeds, epochs, root, jobs=jobs)
     runs,fit = plan.kept_plan(out/'plan.json', make, asked)
     size = ', '.join(starmap(plan.counted, ((len(fit.methods), 'method'), (fit.seeds, 'seed'), (fit.epochs, 'epoch'))))
-    _say(console, f"{size}: about {plan.duration(fit.seconds)} of the {plan.duration(budget)} given.")
+    time = f"about {plan.duration(fit.seconds)} of the {plan.duration(budget)} given"
+    _say(console, f"{size}: {'nothing is left to run' if _is_complete(runs, out) else time}.")
     for sentence in fit.left_out: _say(console, sentence[0].upper()+sentence[1:]+'.')
     def advice(runs, out):
         from phantom_nb.experiments.store import load_results
@@ -395,9 +426,9 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     from phantom_nb.experiments.report import run_rows, show_results
     from phantom_nb.experiments.runner import load_results, make_learner, settle_precision
     console,code = _wide_console(),0
-    for part in experiment.parts:
-        dls = make_learner(part.runs[0], root).dls
-        if part.runs[0].test or not part.runs[0].n_valid: plan.images_words(len(dls.train_ds), 0, len(dls.test_ds))
+    with console.status("Reading the images ..."):
+        told = [_image_words(plan, part.runs[0], make_learner(part.runs[0], root).dls) for part in experiment.parts]
+    for sentence in dict.fromkeys(told): _say(console, sentence)
     out,n = out or Path('sweeps')/experiment.name, len(experiment.runs)
     if budget: _say(console, f"{plan.counted(n, 'run')} in {plan.duration(budget)} at most.")
     def n_studies(part): return len({(run.method, run.data, run.n_train, run.model) for run in part.runs})
@@ -411,7 +442,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     if sentence := _others_words(out, df): _say(console, sentence)
     if there<n: _say(console, f"{there} of {plan.counted(n, 'run')} are in. The same command goes on from here.")
     if there: _say(console, f"Rows: {out/'results.jsonl'}")
-    _write_page(console, experiment.runs, out/'results.jsonl', out/'comparison.html')
+    if there: _write_page(console, df, df, out/'comparison.html')
     raise typer.Exit(code)
 
 def _others_words(out, df):
@@ -480,6 +511,7 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric=None,
     if not (columns or export or plot) and _show_overview(df, console): return
     higher = None if lower_is_better is None else not lower_is_better
     table = show_results(df, console, columns, metric=metric, baseline=baseline, higher_is_better=higher)
+    if not columns: _say_findings(console, df, baseline)
     if export:
         if export.suffix=='.jsonl': save_results(df, export)
         else: write_atomic(export, df.to_csv(index=False) if export.suffix=='.csv' else as_markdown(table)+'\n')
@@ -533,6 +565,12 @@ Sample = Annotated[int|None, _option("Training images to measure on, class-balan
 Figure = Annotated[Path|None, _option("File of the figure (.png, .svg, .pdf). "
     "Default: LEARNER-layers.png beside the learner.")]
 
+MEASURES_TOLD = [
+    "c3: variance of a unit's responses within a class, to that over all images; c4: the same of distances, by layer.",
+    "network: the highest units (c3: 30 a class) or layer (c4) of each class, wherever they lie, so no layer has more.",
+    "In the paper, networks with larger values generalize better among networks trained on the same classes. Alone, "
+    "no value is good or bad."]
+
 @app.command()
 def measure(learner:Saved, data:Data='digits', n:Sample=None, size:Size=None, plot:Figure=None, root:Root=None):
     "Report how much a saved learner tells apart inside its classes, by layer; save the figure."
@@ -555,17 +593,18 @@ def measure(learner:Saved, data:Data='digits', n:Sample=None, size:Size=None, pl
     right = f"{100*table.attrs['accuracy']:.1f}% right"
     console.print(f"{learner.name} on {table.attrs['n']} training images of {data}: {right}", highlight=False)
     _show_table(table.rename_axis('layer').reset_index(), console)
-    console.print("Larger is better for all; compare networks trained on the same classes.", style='dim')
+    for sentence in MEASURES_TOLD: _say(console, sentence, 'dim')
     console.print(f"Figure: {plot}", soft_wrap=True, highlight=False)
 
 # %% ../nbs/cli.ipynb #a7c0ffee
 Classes = Annotated[int|None, _option("Classes of your images.")]
 PerClass = Annotated[float|None, _option("Training images a class.")]
 WrongLabels = Annotated[float, _option("Share of wrong labels that you expect, such as 0.2.")]
+Started = Annotated[bool, _option("Your network begins with weights from other images.")]
 Imbalance = Annotated[float, _option("Images of the commonest class to those of the rarest.")]
 
 @app.command()
-def suggest(classes:Classes=None, per_class:PerClass=None, pretrained:Pretrained=False, wrong_labels:WrongLabels=0.,
+def suggest(classes:Classes=None, per_class:PerClass=None, pretrained:Started=False, wrong_labels:WrongLabels=0.,
     imbalance:Imbalance=1.):
     "Say what helped in the recorded settings that are most like yours."
     from phantom_nb.experiments.suggest import Setting, suggest as suggested
@@ -609,6 +648,7 @@ def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=No
     n_train = n_train or trained_on(learn, len(images.x_train))
     found = diagnose(learn, dls.train, held, n_train=n_train, title=f"{learner.name} on {data}")
     page,picture = save_diagnosis(found, out)
+    if data=='digits': _say(console, "Looked at: digits. Say --data FOLDER for images of your own.")
     _say(console, f"Held-out images: {'validation' if own else 'test'} images of {data}. Do not choose between "
         "networks on them.")
     for finding in found.findings: _say(console, str(finding))

@@ -1,13 +1,14 @@
 "The page on a comparison: what was felt, what was moved, what stands on sound ground"
 import re
-from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from phantom_nb import cli
 from phantom_nb.cli import app
-from phantom_nb.experiments.store import save_results, write_row
+from phantom_nb.experiments.report import show_comparison
+from phantom_nb.experiments.run import Run
+from phantom_nb.experiments.store import write_row
 from phantom_nb.experiments.comparison_page import comparison_html, judge_comparison, label_heights, moved_quantities, save_comparison
 
 def rows(seeds=5, train=1., share=.1, **more):
@@ -27,7 +28,7 @@ def facts(df): return ' '.join(map(str, judge_comparison(df)))
 
 def test_only_what_is_shown_is_said():
     moved = moved_quantities(rows()).set_index(['quantity','method']).shown
-    assert moved['ece','mhe'] and not moved['c3','mhe'] and not moved['gap','mhe']
+    assert moved['ece','mhe'] and not moved['c3','mhe']
     assert 'Calibration error' in facts(rows()) and 'C3' not in facts(rows())
     assert not moved_quantities(rows(2)).shown.any() # two seeds show nothing
 
@@ -47,13 +48,29 @@ def test_labels_keep_their_distance_and_their_order():
     np.testing.assert_allclose(placed, best.x, atol=1e-4)
     np.testing.assert_allclose(label_heights([0., .4, .9], .1), [0., .4, .9])
 
-@pytest.mark.parametrize('told', [False, True])
-def test_what_to_do_is_said_in_the_terminal_too(told, tmp_path, capsys):
+def test_what_to_do_is_said_in_the_terminal_too(tmp_path, capsys):
     df = rows(share=.01, train=.6)
-    save_results(df, tmp_path/'rows.jsonl')
-    cli._write_page(Console(width=400), [SimpleNamespace(key=key) for key in df.key], tmp_path/'rows.jsonl', tmp_path/'page.html', told=told)
+    cli._write_page(Console(width=400), df, df, tmp_path/'page.html')
     out = capsys.readouterr().out
-    assert ('try lam=10' in out)==told and ('Train longer first' in out)==told and 'Page: ' in out and 'Calibration error' not in out
+    assert 'try lam=10' in out and 'Train longer first' in out and 'Page: ' in out and 'Calibration error' not in out
+    two = pd.concat([df.assign(n_train=100), df.assign(n_train=200, key=df.key+'b')])
+    cli._say_findings(Console(width=400), two)
+    assert capsys.readouterr().out.count('n_train 200')==2
+
+def test_a_second_comparison_keeps_the_first_on_the_page(tmp_path, capsys):
+    "Other epochs, in the same folder: a section each on the page, all rows in the CSV, the new one alone in the terminal"
+    runs = [Run(method=m, seed=i, epochs=e, n_train=100) for e in (5,9) for m in ('none','mhe') for i in range(3)]
+    made = rows(3)
+    for run in runs:
+        like = made[(made.method==run.method) & (made.seed==run.seed)].iloc[0].to_dict()
+        write_row(tmp_path/'runs'/f'{run.name}.json', like | dict(key=run.key, epochs=run.epochs, n_train=100, images=''))
+    console,asked = Console(width=200),[run for run in runs if run.epochs==9]
+    show_comparison(asked, tmp_path, console)
+    cli._write_all(console, asked, tmp_path)
+    out,page = capsys.readouterr().out,(tmp_path/'comparison.html').read_text()
+    assert '9 epochs' in out and '5 epochs' not in out
+    assert page.count('<section>')==2 and 'epochs 5' in page and 'epochs 9' in page
+    assert set(pd.read_csv(tmp_path/'results.csv').epochs)=={5,9}
 
 def test_rows_of_another_version_are_counted_also_where_none_is_asked_for(tmp_path):
     (tmp_path/'runs').mkdir()

@@ -214,3 +214,10 @@ def test_nothing_is_said_of_a_network_that_has_learned_nothing(trained):
     found = diagnose(Learner(trained.dls, create_model('small_cnn', size=8, seed=1)))
     assert [f.kind for f in found.findings]==['stop'] and not {'bands','intraclass'} & panels_of(found).keys()
     assert all(math.isfinite(v) for v in found.quantities.values()) and np.isfinite(found.layers.to_numpy()).all()
+
+@pytest.mark.parametrize('classes,placed', [(3, False), (10, True), (31, True), (100, False)])
+def test_other_numbers_of_classes_are_not_compared(classes, placed):
+    "No recorded network told 3 or 100 classes apart: what depends on that is not placed, the rest is"
+    band = load_bands(200, 10_000, classes)
+    assert ('c4' in band)==('similarity' in band)==('c3' in band['layers'])==placed
+    assert 'energy' in band and 'energy' in band['layers'] and ('note' in band)==(not placed)

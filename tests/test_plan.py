@@ -22,7 +22,7 @@ def test_what_is_planned_fits_its_time(budget, epoch, judging, jobs):
     except ValueError as e:
         assert 'too short' in str(e) and seconds_for(2, 3, 5, epoch, judging, jobs)>budget
         return
-    assert fit.seconds<=budget and fit.methods[0]=='none' and len(fit.methods)>=2 and 3<=fit.seeds<=10 and 5<=fit.epochs<=20
+    assert fit.seconds<=budget and fit.methods[0]=='none' and len(fit.methods)>=2 and 3<=fit.seeds<=10 and 5<=fit.epochs<=80
     assert fit.seconds==pytest.approx(seconds_for(len(fit.methods), fit.seeds, fit.epochs, epoch, judging, jobs))
 
 @given(st.floats(100, 1e4))
@@ -34,6 +34,20 @@ def test_more_time_gives_up_less(budget):
     except ValueError: return
     b = divide_time(2*budget, **times)
     assert len(a.left_out)>=len(b.left_out) and size(b)>=size(a)
+
+def test_time_that_is_left_goes_into_training_first():
+    "Twice the usual epochs, then seeds, then epochs again; what is asked for stays"
+    times = dict(epoch=1., judging=0., methods=['mixup'], usual_epochs=20)
+    def shape(seeds, epochs): return (fit := divide_time(seconds_for(2, seeds, epochs, 1., 0., 1), **times)).seeds, fit.epochs
+    for asked in ((5,20), (5,30), (5,40), (7,40), (10,40), (10,60), (10,80)): assert shape(*asked)==asked
+    assert shape(20, 200)==(10,80)
+    assert divide_time(1e5, **times, epochs=12).epochs==12 and divide_time(1e5, **times, seeds=4).seeds==4
+
+def test_nothing_is_recommended_before_plain_training_fits():
+    found = pd.DataFrame(rows('none', [.70,.72,.71], [.69,.70,.70])+rows('mixup', [.74,.75,.76], [.73,.74,.745]))
+    assert 'Use mixup on these images' in advise(found) and 'Use mixup' in advise(found.assign(train_accuracy=.95))
+    said = advise(found.assign(train_accuracy=.74, epochs=30))
+    assert 'right on 74.0 % of its training images' in said and '--epochs 60' in said and 'Use mixup' not in said
 
 def test_what_is_asked_for_stays():
     fit = divide_time(1e4, 1., 1., methods=['mhe','dropout+mhe'], seeds=2, epochs=3)
@@ -99,7 +113,8 @@ def test_compare_on_a_folder_without_test_images_cross_validates(photos, tmp_pat
         with pytest.raises(SystemExit) as e: cli.main(args)
         out = capsys.readouterr()
         assert e.value.code==0, out.err
-        assert '2 methods, 3 seeds, 2 epochs' in out.out and 'can show differences' in out.out
+        assert f"2 methods, 3 seeds, 2 epochs: {'about' if sitting==1 else 'nothing is left to run'}" in out.out
+        assert ('can show differences' in out.out)==(sitting==1) and 'Training images are not augmented (' not in out.out
         assert 'plain training' in out.out.splitlines()[-1] or 'dropout' in out.out.splitlines()[-1]
     assert '6 of 6 runs are recorded already' in out.out
     assert '[1/6]' not in out.out # and not told again

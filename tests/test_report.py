@@ -47,7 +47,7 @@ def test_words_for_too_few_seeds_and_no_pairs():
     for n,words in ((1,'One seed has'), (2,'Two seeds have')):
         text = verdict(comparison(frame(dict(none=[.5,.6][:n], up=[.9,1.][:n]))))
         assert text==f'{words} no interval: run three or more to tell chance from effect. So far: Best against none: up, +40.0 points.'
-    assert 'agree to the last digit' in verdict(comparison(frame(dict(none=LUCK, same=LUCK, plus=LUCK+.1))))
+    assert 'is the same for all seeds' in verdict(comparison(frame(dict(none=LUCK, same=LUCK, plus=LUCK+.1))))
     assert verdict(comparison(frame(dict(mhe=[.5,.6]))))=='Nothing can be compared with none: no run of it is here.'
     assert verdict(comparison(frame(dict(none=[.5,.6]))))=='There are only runs of none: nothing is compared.'
     failed = frame(dict(none=[.5,.6], mhe=[.5,.6]), status='done')
@@ -276,3 +276,21 @@ def test_a_comparison_that_was_stopped_before_its_first_run_says_so(tmp_path):
     console = Console(record=True, width=100)
     show_comparison([Run()], tmp_path, console)
     assert 'No run is finished yet' in console.export_text()
+
+def test_a_missing_interval_is_explained():
+    "All seeds differ by the same amount: said in words and under the table; one seed is another matter"
+    rows = [dict(method=m, seed=i, status='done', accuracy=.5+.1*(m=='mhe')+.01*i) for m in ('none','mhe') for i in range(3)]
+    same = pd.DataFrame(rows).assign(accuracy=lambda d: d.accuracy.round(2), seconds=1., train_accuracy=1.)
+    same.loc[same.method=='mhe','accuracy'] = same[same.method=='none'].accuracy.values+.125
+    table = comparison(same)
+    assert pd.isna(table.diff_low['mhe']), "exactly equal differences have no interval"
+    assert 'the same for all seeds' in legend(table) and 'the same for all seeds' in verdict(table)
+    assert 'the same for all seeds' not in legend(comparison(same[same.seed==0]))
+
+def test_epochs_are_named_where_they_go_with_something_else():
+    "Other epochs, and other training images with them"
+    told = [dict(experiment='compare', data='digits', n_train=n, method=m, seed=i, settings={}, status='done', accuracy=.5+.01*i, epochs=e, n_valid=v)
+        for n,e,v in ((100,3,0), (80,9,20)) for m in ('none','mhe') for i in range(3)]
+    assert tell_apart(pd.DataFrame(told))[1]==['data','n_train','epochs']
+    assert tell_apart(pd.DataFrame(told[:6]))[1]==['data','n_train']
+    assert tell_apart(pd.DataFrame(told).assign(n_train=100))[1]==['data','n_train','epochs'], "epochs tell more than n_valid"

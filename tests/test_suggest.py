@@ -51,6 +51,18 @@ def test_gains_nearby_are_named_and_doubted(table):
     line = next(line for line in told.splitlines() if 'Gained in the nearest' in line)
     assert 'Recommended: plain' in told and 'yes (+2.0 points)' in line and 'by chance' in line and 'mixed' not in line
 
+def test_what_a_setting_shows_by_itself_is_said(table):
+    "Shown to help or to harm in one of the nearest settings, corrected for all: said, with a way to try it, also where it is not among the first"
+    helped = dict(helps='unclear', cost=1., effects=dict(a=dict(diff=3.5, error=.2, weight='lam=3', helps='yes')))
+    harmed = dict(helps='unclear', cost=1., effects=dict(b=dict(diff=-1.5, error=.2, weight='lam=1', helps='no')))
+    methods = dict(targeted_sparsity=helped, phantom_margin=harmed)
+    said = suggest(Setting(10, 20), table|dict(methods=methods))
+    assert '+3.5*' in said and '-1.5*' in said and 'by chance' not in said and 'Recommended: plain' in said
+    assert "Shown to help in a, corrected" in said and '--methods none,targeted_sparsity' in said and 'Shown to harm in b: phantom_margin' in said
+    assert 'Shown to' not in suggest(Setting(10, 9_000), table|dict(methods=methods), n=1) # neither is near
+
+def test_the_steps_are_explained(table): assert all(word in suggest(Setting(10, 20), table) for word in ('pretrained or not','wrong labels','imbalance'))
+
 def test_far_away_is_said(table):
     assert 'Take care' not in suggest(Setting(10, 20), table)
     assert 'Take care: the nearest setting is 10.' in suggest(Setting(10, 20, wrong_labels=.9, imbalance=30), table)

@@ -12,7 +12,7 @@ from phantom_nb.experiments.methods import METHODS
 from phantom_nb.experiments.methods import search_space
 from phantom_nb.experiments.report import run_rows, tell_apart
 from phantom_nb.experiments.runner import Run, load_results
-from phantom_nb.experiments.sweep import load_sweep, parse_sweep, run_sweep
+from phantom_nb.experiments.sweep import load_sweep, parse_sweep, run_sweep, runs_of
 from phantom_nb.experiments.stats import mean_interval
 from phantom_nb.experiments.tune import choice_variance, leave_one_out, study_name, tune_many, tune_one, tuned_interval, with_chosen, with_values
 
@@ -317,3 +317,14 @@ def test_a_wrong_design_is_refused(table, said):
 def test_the_designs_of_the_intraclass_study(name, runs):
     sweep = load_sweep(Path(__file__).parent.parent/'results'/f'{name}.toml')
     assert len(sweep.runs)==len({run.key for run in sweep.runs})==runs and {part.trace for part in sweep.parts}=={'measures'}
+
+@pytest.mark.parametrize('given,expected', [({}, (None,'auto')), (dict(n_train=6, augment='none'), (6,'none')), (dict(per_class=2), (200,'auto'))])
+def test_a_folder_trains_on_all_its_images_augmented(given, expected, tmp_path):
+    "As `compare` does; what the file says stays, also in a factorial design; a data set by name is as it was"
+    (tmp_path/'photos').mkdir()
+    table = dict(data=str(tmp_path/'photos'), **given)
+    run, = runs_of(dict(table, methods=['none'], seeds=1), 'x')
+    assert (run.n_train, run.augment)==expected
+    designs = runs_of(dict(table, factors=[[dict(lr=.1), dict(lr=.2)]], seeds=1), 'x')
+    assert {(run.n_train, run.augment) for run in designs}=={expected}
+    assert runs_of(dict(methods=['none'], seeds=1), 'x')[0].augment is False

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEMPERATURES', 'GROUPS', 'SIZES', 'LEVELS', 'QUANTITIES', 'DEPTHS', 'BY_LAYER', 'FROM_ROWS', 'MOST_OF_A_SETTING',
-           'FEWEST', 'FIT', 'BANDS', 'SAMPLE', 'FELT', 'best_temperature', 'Confusion', 'confused_pairs',
-           'sentence_start', 'row_quantities', 'layer_depths', 'layer_bands', 'reference_bands', 'load_bands',
-           'percentile_in', 'Finding', 'Diagnosis', 'diagnose', 'at_chance', 'half_width', 'onset_of', 'judge_network']
+           'FEWEST', 'FIT', 'BANDS', 'BY_CLASSES', 'CLASSES', 'SAMPLE', 'FELT', 'OVERALL', 'best_temperature',
+           'Confusion', 'confused_pairs', 'sentence_start', 'row_quantities', 'layer_depths', 'layer_bands',
+           'reference_bands', 'load_bands', 'percentile_in', 'Finding', 'Diagnosis', 'diagnose', 'at_chance',
+           'half_width', 'onset_of', 'judge_network']
 
 # %% ../../nbs/experiments/diagnose.ipynb #dc532a18
 import itertools, json, math
@@ -79,7 +80,7 @@ def confused_pairs(
 GROUPS = {'up to 300':(0, 300), '300 to 3,000':(300, 3000), 'more than 3,000':(3000, math.inf)} # training images
 SIZES = {'up to 300,000':(0, 3e5), 'more than 300,000':(3e5, math.inf)} # parameters
 LEVELS = [0, 5, 10, 25, 50, 75, 90, 95, 100]
-QUANTITIES = dict(gap='training minus validation accuracy', ece='calibration error', similarity='similarity of classes',
+QUANTITIES = dict(gap='training minus held-out accuracy', ece='calibration error', similarity='similarity of classes',
     margin='margin of look-alike classes', energy='energy of hidden neurons (random: 1)',
     sparsity='sparsity of activations',
     dead='units that never respond', c3='c3, spread within classes by unit', c4='c4, spread within classes by layer',
@@ -160,9 +161,22 @@ def reference_bands(
             **told, layers=layer_bands(df[mine]))
     return found
 
+BY_CLASSES = 'similarity','margin','logit_margin','c3','c4' # what depends on how many classes there are
+CLASSES = 6,31 # the fewest and the most of a recorded network
+
+def _comparable(band, classes):
+    "A band without what other numbers of classes say nothing about, and with a sentence that says so"
+    low,high = CLASSES
+    if classes is None or low<=classes<=high: return band
+    layers = {name:told for name,told in band.get('layers', {}).items() if name not in BY_CLASSES}
+    told = (f"Recorded networks had {low} to {high} classes: with {classes}, similarities, margins, c3 and c4 are not "
+        "comparable, and are not placed among them.")
+    return {name:values for name,values in band.items() if name not in BY_CLASSES} | dict(layers=layers, note=told)
+
 def load_bands(
     n_train:int, # training images
     params:int=1_000_000, # of the network
+    classes:int|None=None, # that it tells apart; None if nothing depends on them
     path:str|Path|None=None # of the table; None for the package's own
 )->dict: # `group`, `networks`, `settings`, and quantity -> values at `LEVELS` percent; empty without a table
     "Read the bands of recorded networks of about this size and as many training images, or the nearest (ours)."
@@ -174,7 +188,7 @@ def load_bands(
         (low,high),(fewest,most) = GROUPS[images],SIZES[size]
         return 0 if low<n_train<=high else abs(math.log((low+100)/n_train)), not fewest<params<=most
     name = min(table, key=far)
-    return table[name]|dict(group=name)
+    return _comparable(table[name]|dict(group=name), classes)
 
 def percentile_in(
     band:Sequence, # values at `LEVELS` percent
@@ -344,7 +358,7 @@ def diagnose(
         _titled(table.drop('network'), model), _titled(activations, model), _titled(layer_weights(model), model),
         confused_pairs(judged['logits'], judged['y'], names, images), pd.DataFrame() if curves is None else curves,
         shares,
-        load_bands(n_train, sum(p.numel() for p in model.parameters())), title or type(model).__name__)
+        load_bands(n_train, sum(p.numel() for p in model.parameters()), len(names)), title or type(model).__name__)
     found.findings = judge_network(found)
     return found
 
@@ -470,6 +484,8 @@ def _felt(d):
         elif share>FELT[1]: yield Finding('do', told, f"It rules the training: try lam={lam/5:.2g}.")
         else: yield Finding('well', told)
 
+OVERALL = "It counts the highest units (c3) or layer (c4) of each class; other layers may lie elsewhere."
+
 def _unusual(d):
     "What lies outside the band of recorded networks?"
     for name,label in QUANTITIES.items():
@@ -479,7 +495,7 @@ def _unusual(d):
         how = 'lower' if place<5 else 'higher'
         yield Finding('see', f"{sentence_start(label)} is {d.quantities[name]:.3g}, {how} than in 19 of 20 "
             "recorded networks "
-            f"({d.bands[name][1]:.3g} to {d.bands[name][-2]:.3g}).")
+            f"({d.bands[name][1]:.3g} to {d.bands[name][-2]:.3g}).", OVERALL if name in ('c3','c4') else '')
     for name in BY_LAYER:
         told,n = d.outside(name),len(d.places(name))
         if len(told)>n/5: yield Finding('see', told[0], f"{len(told)} of {n} layers are outside of their band; one in "

@@ -291,7 +291,7 @@ def diagnosis_html(
     figures = ''.join(f'<figure><img alt="{ALT[name]}" src="data:image/png;base64,{_picture(draw, d)}">'
         f'{_caption(name, d)}</figure>' for name,draw in panels_of(d).items())
     compared = (f"Bands hold nine in ten of {d.bands['networks']} recorded networks ({d.bands['group']}): "
-        f"{'; '.join(d.bands['settings'])}. Other images may differ.{_layers_told(d)}"
+        f"{'; '.join(d.bands['settings'])}. Other images may differ. {d.bands.get('note', '')}{_layers_told(d)}"
         ) if d.bands else "No recorded networks to compare with."
     head = '<tr><th>quantity</th><th>here</th><th>recorded</th><th>percentile</th></tr>'
     about = (f"{d.n_train:,} training images, {len(d.classes)} classes. "

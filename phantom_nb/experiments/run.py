@@ -35,7 +35,8 @@ def check_data(
     if looks_like_a_path:
         raise ValueError(f"data={data!r}: no such folder; give a folder of images (train/CLASS/*, test/CLASS/*)")
     try: return one_of('data', data, DATA_NAMES)
-    except ValueError as e: raise ValueError(f"{e}, or a folder of images") from None
+    except ValueError as e:
+        raise ValueError(f"{e}, or a folder of images (there is no folder {str(data)!r} here)") from None
 
 def check_model(
     model:str # a key of `MODELS`, 'timm:NAME' or 'torchvision:NAME'

@@ -57,6 +57,12 @@ def grid(
     _check_many(math.prod(map(len, values.values())))
     return [dict(zip(table, given)) for given in itertools.product(*values.values())]
 
+def _with_folder(given):
+    "What suits a folder of images where the file does not say: all images train, and they are augmented"
+    if given.get('data', Run.data) in DATA_NAMES: return given
+    size = {} if given.get('per_class') is not None else {'n_train':None}
+    return {'augment':'auto', **size, **given}
+
 def seeds_of(
     value:int|list # number of seeds, or a list of seeds
 )->list: # of whole numbers, at least one
@@ -123,7 +129,7 @@ def factorial_runs(
         seeds = check(seeds_of, table.pop('seeds')) or [0]
         designs = check(factorial, table.pop('factors', None), table.pop('take', None)) or []
         for design in designs: check(_try_method, design['method'], design['settings'])
-        runs = [check(Run, seed=seed, **{**table, **design}) for seed in seeds for design in designs]
+        runs = [check(Run, seed=seed, **_with_folder({**table, **design})) for seed in seeds for design in designs]
     return tuple(runs)
 
 # %% ../../nbs/experiments/sweep.ipynb #820765cb
@@ -143,11 +149,6 @@ def _try_method(method, settings):
     "Make the pieces of a method once, to see whether its settings are right"
     try: make_method(method, **settings)
     except (TypeError, AttributeError) as e: raise ValueError(f"settings of {method}: {e}") from e
-
-def _with_size(given):
-    "All images of a folder train, where no number is given"
-    named = given.get('data', Run.data) in DATA_NAMES
-    return given if named or given.get('per_class') is not None else {'n_train':None, **given}
 
 def runs_of(
     table:dict, # keys of one table
@@ -169,7 +170,7 @@ def runs_of(
         each = [(method,values) for method in methods for values in check(grid, own[method]) or []]
         _check_many(len(tables)*len(seeds)*len(each))
         for method,values in each: check(_try_method, method, values)
-        runs = [check(Run, method=method, settings=values, seed=seed, **_with_size(given))
+        runs = [check(Run, method=method, settings=values, seed=seed, **_with_folder(given))
             for given in tables for seed in seeds for method,values in each or [('none', {})]]
     return tuple(runs)
 
