@@ -1,6 +1,7 @@
 """Break the package's functions on purpose, one change at a time, and see whether the tests notice.
 
     python tests/mutation.py regularizers.energy --per 10        # record the score of a module
+    python tests/mutation.py regularizers.energy --kinds         # go on until each function was broken in every way
     python tests/mutation.py --survivors                         # try again what nobody noticed
 
 No file of the package is written. pytest collects the module's tests once; for every change a fork swaps the code of
@@ -206,8 +207,8 @@ def measured(items, file):
 
 class Mutation:
     "In place of pytest's loop: break functions one by one, and run the tests that call them until one fails"
-    def __init__(self, name, per, seed, only=None):
-        self.name,self.per,self.seed,self.only = name,per,seed,only
+    def __init__(self, name, per, seed, only=None, beyond=False):
+        self.name,self.per,self.seed,self.only,self.beyond = name,per,seed,only,beyond
         self.noticed,self.void = [],[]
 
     def pytest_collection_modifyitems(self, items):
@@ -233,7 +234,8 @@ class Mutation:
             row['functions'] += 1
             row['possible'] += len(mutants)
             chance = random.Random(f'{self.seed} {self.name} {function}')
-            if self.only is None: mutants = sample(mutants, self.per, chance)
+            if self.beyond: mutants = sample(mutants, len({said['kind'] for said,_ in mutants}), chance)[self.per:]
+            elif self.only is None: mutants = sample(mutants, self.per, chance)
             else: mutants = [(said, new) for said,new in mutants if [said[k] for k in KEY] in self.only]
             chosen = self.tests_of(function, session.items, tests)
             limit = 90+10*sum(tests[item.nodeid][0] for item in chosen)
@@ -278,10 +280,10 @@ def attempt(module, tree, function, new, items, detaches):
         if failed(item, following): return 'killed'
     return 'no mutant' if detaches and not GRADIENTS else 'survived' # nothing had a gradient to take away
 
-def score(name, per, seed, only=None):
+def score(name, per, seed, only=None, beyond=False):
     "Break a module's functions `per` times each; a row that counts what was noticed and lists what was not"
     import pytest
-    plugin = Mutation(name, per, seed, only)
+    plugin = Mutation(name, per, seed, only, beyond)
     files = [str(ROOT/'tests'/f'test_{part}.py') for part in TESTS[name].split()]
     pytest.main(['-q', '-p', 'no:cacheprovider', '-m', 'not processes', *files], plugins=[plugin])
     return plugin.row | dict(noticed=plugin.noticed, void=plugin.void)
@@ -419,6 +421,13 @@ def again(row):
     tried,killed = row['tried']-len(void),row['killed']+len(gone)
     return row | dict(survivors=left, tried=tried, killed=killed, tests=new['tests'], again=True)
 
+def all_kinds(row):
+    "Go on with a row until every function was broken once in each way that it can be"
+    if row.get('kinds'): return row
+    new = score(row['module'], row['per'], row['seed'], beyond=True)
+    counts = {name:row[name]+new[name] for name in ('tried','killed','survivors','seconds')}
+    return new | counts | dict(kinds=True, again=row.get('again', False))
+
 def main(args):
     import hypothesis, torch
     # what children need is loaded once
@@ -434,6 +443,6 @@ def main(args):
         for row in read_rows().values():
             if row['survivors'] and (not names or row['module'] in names): write_row(again(row))
         return
-    for name in names or TESTS: write_row(score(name, per, 0))
+    for name in names or TESTS: write_row(all_kinds(read_rows()[name]) if '--kinds' in args else score(name, per, 0))
 
 if __name__=='__main__': main(sys.argv[1:])
