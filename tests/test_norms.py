@@ -86,3 +86,15 @@ def test_a_layer_of_zeros_grows_by_nothing():
     nn.init.zeros_(model[0].weight)
     growth = [row[3] for row in fit(NormalizeAndProject(), model=model).normalize_and_project.records]
     assert all(0<=g<1 for g in growth)
+
+def test_the_growth_is_the_mean_over_layers_of_how_far_each_is_from_its_length():
+    "Twice as long is as far as half as long; a layer that became zero has no logarithm and counts as none"
+    cb = fit(NormalizeAndProject(lam=0.)).normalize_and_project
+    def growth(*factors):
+        for layer,factor in zip((network()[0], network()[4]), factors): cb.pairs[next(n for n,(own,_) in cb.pairs.items() if type(own) is type(layer))][0].weight.data.copy_(layer.weight.data*factor)
+        for name,(layer,_) in cb.pairs.items(): cb.norms[name] = weight_norm(network()[int(name)])
+        cb._project()
+        return cb._growth.item()
+    assert growth(1, 1)==pytest.approx(0, abs=1e-6)
+    assert growth(2, 8)==pytest.approx(growth(.5, 1/8))==pytest.approx(2*torch.tensor(2.).log().item(), rel=1e-5)
+    assert growth(4, 0)==pytest.approx(torch.tensor(2.).log().item(), rel=1e-5)

@@ -121,6 +121,7 @@ def test_intervals():
 def test_p_values_count_resamples_beyond_a_bound():
     draws = pd.Series(range(1, 100)) # 99 values, 9 of them below 10
     assert bootstrap_p(draws)==pytest.approx(2*1/100) and bootstrap_p(draws, 9.5)==pytest.approx(2*10/100)
+    assert bootstrap_p(pd.Series([0.]*9))==1. # on the bound is on both sides of it
     assert bootstrap_p(draws, 50)==1. and bootstrap_p(draws, 1000)==pytest.approx(2/100)
 
 def test_a_measure_without_relation_is_rarely_called_one():

@@ -247,6 +247,19 @@ def test_path_norm_by_hand():
     paths = sum((b[k][h]*v)**2 for k in range(2) for h in range(4) for v in (*a[h],bias[h]))
     for n in (1, 5): assert path_norm(net, torch.zeros(n, 3))==pytest.approx(math.log(paths), abs=1e-6)
 
+def test_norms_are_computed_in_64_bits():
+    "4,097 squared is no number of 32 bits; a buffer of 64 bits keeps them"
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4, bias=False))
+    nn.init.constant_(net[1].weight, 4097.)
+    assert norm_measures(net, [(X, torch.zeros(len(X), dtype=int))]).param_norm==64*4*4097.**2
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('scale', torch.tensor(.1, dtype=torch.float64))
+        def forward(self, x): return x*self.scale
+    net = nn.Sequential(nn.Linear(1, 1, bias=False).double(), Scaled())
+    assert path_norm(net, torch.zeros(1, 1))==pytest.approx(math.log(net[0].weight.item()**2*.1), rel=1e-12)
+
 def test_logarithms_of_nothing():
     "A layer of zeros has no path through it, and stretches nothing"
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))

@@ -94,7 +94,7 @@ def test_passes_without_a_penalty_leave_batch_and_attention_alone():
         assert not several[0].requires_grad
     assert not several[1].requires_grad and torch.backends.cuda.flash_sdp_enabled()==fused
 
-@pytest.mark.parametrize('scale', [2.**-20, 2.**20])
+@pytest.mark.parametrize('scale', [2.**-20, 2., 2.**20])
 def test_the_scale_on_the_way_does_not_matter(scale):
     x = torch.randn(6, 5, requires_grad=True)
     assert gradient_penalty(x.pow(3).sum(), x, scale).item()==pytest.approx(9*x.pow(4).sum(1).mean().item(), rel=1e-5)

@@ -113,7 +113,7 @@ class NormalizeAndProject(Regularizer):
 
     def _project(self):
         ratios = [weight_norm(layer)/self.norms[name].to(layer.weight.device) for name,(layer,_) in self.pairs.items()]
-        self._growth = torch.stack([r.log().abs().nan_to_num(0., 0., 0.) for r in ratios]).mean()
+        self._growth = torch.stack([r.log().abs().nan_to_num(0., 0.) for r in ratios]).mean()
         lam = self.lam_now()
         if not lam: return
         for name,(layer,normalisation) in self.pairs.items():
