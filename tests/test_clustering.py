@@ -272,3 +272,12 @@ X,Y = torch.randn(12, 4, generator=gen(0)),torch.arange(12)%3
     (lambda: interpolation_drop(lambda b: b.softmax(1), X, Y*0+7, Y), 'column numbers')])
 def test_refused_with_a_sentence(f, message):
     with pytest.raises(ValueError, match=message): f()
+
+def test_layers_keep_their_order_in_the_table_by_class():
+    acts = {name:torch.randn(20, 6) for name in ('late','early','middle')}
+    table = class_table(acts, torch.arange(20)%2)
+    assert [name for _,name in table.c3.columns.to_frame().itertuples()]==list(acts)==list(table.c4)
+
+def test_a_cluster_of_one_has_no_silhouette():
+    x = torch.tensor([[1.,0.],[.9,.1],[0.,1.]])
+    assert silhouette_cosine(x, torch.tensor([0,0,1]))[2]==0

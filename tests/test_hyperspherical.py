@@ -274,7 +274,8 @@ def test_padded_as_on_a_gpu(monkeypatch, make):
             with Operations() as counted: grads = torch.autograd.grad(penalty(), list(model.parameters()), allow_unused=True)
         found[padded] = cb.records[0][3],grads,counted.n
     assert abs(found[True][0]-found[False][0])<1e-5*abs(found[False][0])
-    assert all(torch.allclose(a, b, atol=1e-6) for a,b in zip(found[True][1], found[False][1]) if a is not None)
+    grads = [pair for pair in zip(found[True][1], found[False][1]) if pair[0] is not None]
+    assert all((a-b).abs().max()<1e-5*b.abs().max() for a,b in grads) # neurons that nearly meet in few dimensions have large ones
     assert found[True][2]<.6*found[False][2]
 
 def test_padding_is_for_small_layers_on_a_gpu():

@@ -4,7 +4,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from phantom_nb.plain import attach
-from phantom_nb.regularizers.orthogonality import FORMS, Orthogonality, orthogonality, squared_cosine
+from phantom_nb.regularizers.orthogonality import FORMS, Orthogonality, _start, orthogonality, squared_cosine
 
 sizes = st.integers(1, 8)
 
@@ -55,3 +55,24 @@ def test_starts_are_drawn_anew_at_every_step():
             want = sum(orthogonality(m.weight, 'spectral', generator=generator) for m in (model[0], model[2]))
             assert torch.isclose(penalty(), want, rtol=1e-6)
     assert Orthogonality(seed=0).seed==0
+
+def test_coherence_and_spectral_by_hand():
+    "The largest entry off the identity; power iteration with exactly as many products as it is asked for"
+    w = torch.randn(4, 6, dtype=torch.float64)
+    m = w@w.T-torch.eye(4, dtype=w.dtype)
+    assert torch.isclose(orthogonality(w, 'coherence'), m.abs().max())
+    for steps in (1, 2, 3):
+        v = _start(w, None)
+        for _ in range(steps): v = m@(v/v.norm())
+        assert torch.isclose(orthogonality(w, 'spectral', steps=steps), v.norm())
+
+def test_squared_cosines_of_groups():
+    w = torch.randn(3, 5, 4, dtype=torch.float64)
+    assert torch.allclose(squared_cosine(w), torch.stack([squared_cosine(g) for g in w])) and squared_cosine(w).shape==(3,)
+
+def test_the_penalty_moves_the_weights():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with attach(model, Orthogonality(1.)) as penalty:
+        model(torch.randn(2, 4))
+        penalty().backward()
+    assert all(m.weight.grad.norm()>.1 for m in (model[0], model[2]))

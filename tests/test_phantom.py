@@ -691,3 +691,10 @@ def test_combination_is_a_vote_about_the_likely_classes():
             torch.testing.assert_close(r[i], head(.6*z[i]+.4*sum(a*p[c] for a,c in zip(v, top))))
     with pytest.raises(ValueError, match='likely=5'): combine_with_phantoms(z, p, head, likely=5)
     with pytest.raises(ValueError, match='alpha=2'): combine_with_phantoms(z, p, head, alpha=2)
+
+def test_a_queue_leaves_out_any_negative_label():
+    "-100 is what PyTorch ignores"
+    queue = ClassQueue(3, 2, 1)
+    queue.push(torch.tensor([[3.],[4.]]), torch.tensor([-100,1]))
+    z,y = queue.items()
+    assert y.tolist().count(-1)==5 and z[y==1].tolist()==[[4.]]

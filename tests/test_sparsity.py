@@ -771,3 +771,14 @@ def test_a_channel_that_varies_by_less_than_float32_can_say_is_constant():
     meter.add(torch.cat([z, constant], 1))
     alone.add(z)
     assert meter.correlation()==pytest.approx(alone.correlation(), rel=1e-6)
+
+def test_a_meter_reads_what_activations_are_below_zero_too():
+    "Units without maps, of both signs"
+    a = torch.randn(12, 5)
+    meter = measure.SparsityMeter()
+    for part in a.split(5): meter.add(part)
+    assert meter.values()['units']==pytest.approx(activation_sparsity(a).item(), rel=1e-5)
+    assert meter.values()['samples']==pytest.approx(activation_sparsity(a, 'samples').item(), rel=1e-5)
+
+def test_an_unknown_direction_is_refused():
+    with pytest.raises(ValueError, match="over='position'"): activation_sparsity(torch.rand(2, 3, 4, 4), 'position')

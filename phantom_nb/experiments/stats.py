@@ -102,8 +102,7 @@ def holm(
 def _noncentrality(n, level, power):
     "Shift of Student's distribution at which the test shows a difference with this power"
     critical = stats.t.ppf((1+level)/2, n-1)
-    high = 10 + 10*critical
-    while stats.nct.sf(critical, n-1, high)<power: high *= 2 # brentq needs an end above the root
+    high = 10 + 10*critical # brentq needs an end above the root, and there the power is 1
     return optimize.brentq(lambda shift: stats.nct.sf(critical, n-1, shift)-power, 0, high)
 
 def smallest_detectable(

@@ -106,7 +106,7 @@ def _silhouette_from_products(products, half, own, n, z):
     d.masked_fill_(d<32*eps*(eps+half), 0) # rounding alone: equal rows score 0, and not noise
     a = (d.gather(1, own[:,None])[:,0]*n - z)/(n-1).clamp_min(1) # (1) puts a zero row at distance 1 from itself
     b = d.scatter_(1, own[:,None], math.inf).amin(1)
-    return torch.where(n>1, (b-a)/torch.maximum(a, b), 0).nan_to_num(0, 0, 0)
+    return torch.where(n>1, (b-a)/torch.maximum(a, b), 0).nan_to_num(0)
 
 @_exact
 def _silhouette(x, y, k, **kwargs):
