@@ -90,9 +90,11 @@ def test_a_layer_of_zeros_grows_by_nothing():
 def test_the_growth_is_the_mean_over_layers_of_how_far_each_is_from_its_length():
     "Twice as long is as far as half as long; a layer that became zero has no logarithm and counts as none"
     cb = fit(NormalizeAndProject(lam=0.)).normalize_and_project
+    first = network()
     def growth(*factors):
-        for layer,factor in zip((network()[0], network()[4]), factors): cb.pairs[next(n for n,(own,_) in cb.pairs.items() if type(own) is type(layer))][0].weight.data.copy_(layer.weight.data*factor)
-        for name,(layer,_) in cb.pairs.items(): cb.norms[name] = weight_norm(network()[int(name)])
+        for name,factor in zip('04', factors):
+            cb.norms[name] = weight_norm(first[int(name)])
+            cb.pairs[name][0].weight.data = first[int(name)].weight.data*factor
         cb._project()
         return cb._growth.item()
     assert growth(1, 1)==pytest.approx(0, abs=1e-6)
