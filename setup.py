@@ -18,6 +18,6 @@ scripts = dict(console_scripts=cfg['console_scripts'].split(), nbdev=['phantom_n
 # chkstyle: ignore-node
 setup(name=cfg['lib_name'], version=version, description=cfg['description'], keywords=cfg['keywords'].split(),
     author=cfg['author'], author_email=cfg['author_email'], license=cfg['license'], long_description=readme,
-    long_description_content_type='text/markdown', packages=find_packages(include=['phantom_nb', 'phantom_nb.*']),
+    long_description_content_type='text/markdown', package_dir={'':'.'}, packages=find_packages(include=['phantom_nb', 'phantom_nb.*']),
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points=scripts, package_data={'phantom_nb':['*.mplstyle','*.json','*.pyi','py.typed']})

@@ -6,10 +6,10 @@
 __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', 'Methods', 'Seeds', 'Epochs', 'Model',
            'Pretrained', 'Augment', 'Size', 'Lr', 'Precision', 'Out', 'Root', 'Jobs', 'Budget', 'MOST_FINDINGS', 'Spec',
            'SweepOut', 'Limit', 'Engine', 'Address', 'Recorded', 'Where', 'Over', 'Metric', 'Lower', 'Baseline',
-           'Export', 'Plot', 'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Sample', 'Figure', 'MEASURES_TOLD',
-           'Classes', 'PerClass', 'WrongLabels', 'Started', 'Imbalance', 'Page', 'Trained', 'Pieces', 'Listed',
-           'seconds_of', 'compare', 'sweep', 'results', 'data_command', 'bench', 'measure', 'suggest', 'report', 'gpu',
-           'main']
+           'Export', 'Plot', 'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Seen', 'Sample', 'Figure', 'MEASURES_TOLD',
+           'Classes', 'PerClass', 'Counted', 'WrongLabels', 'Started', 'Imbalance', 'Page', 'Trained', 'Pieces',
+           'Listed', 'seconds_of', 'compare', 'sweep', 'results', 'data_command', 'bench', 'measure', 'suggest',
+           'report', 'gpu', 'main']
 
 # %% ../nbs/cli.ipynb #3b88872f
 import inspect, os, re, signal, sys, warnings
@@ -23,7 +23,7 @@ from rich.console import Console
 
 from . import __version__
 from .checks import Refusals, one_of, whole
-from .experiments.methods import METHODS, method_parts
+from .experiments.methods import METHODS, read_method
 from .experiments.run import DATA_NAMES, MODEL_NAMES, Run, check_data
 
 # %% ../nbs/cli.ipynb #0cdff72d
@@ -52,8 +52,8 @@ def _names(d): return ', '.join(d)
 Data = Annotated[str, _option(f"Data set ({_names(DATA_NAMES)}) or a folder of images: train/CLASS/*, test/CLASS/*.")]
 NTrain = Annotated[int|None, _option("Training images, class-balanced. "
     "Default: digits 200, cifar100 5000, a folder's all, else 1000.")]
-Methods = Annotated[str|None, _option(f"Comma-separated, joined by + to combine, from: {_names(METHODS)}. "
-    "Default: all that differ.")]
+Methods = Annotated[str|None, _option(f"Comma-separated, joined by + to combine, a setting behind a colon "
+    f"(half_mhe:lam=3), from: {_names(METHODS)}. Default: all that differ.")]
 Seeds = Annotated[int|None, _option("Runs of every method, with seeds 0, 1, ... Default: 5, or what fits the time.")]
 Epochs = Annotated[int|None, _option("Passes over the training images. "
     "Default: what suits the data, or fits the time.")]
@@ -136,7 +136,9 @@ def _known_words(command, words, check):
         behind = len(given)>=len(places) # the places are filled, so a further word is a value
         if word.startswith('-') and word!='-': kept += _option_words(word, words, options, check, behind)
         else: given.append(word)
-    if len(given)>len(places): check.refuse(f"{' '.join(given[len(places):])!r}: nothing is expected here")
+    if len(given)>len(places):
+        hint = ". Commas separate methods: --methods mixup,half_mhe"*bool({*given[len(places):]} & {*METHODS})
+        check.refuse(f"{' '.join(given[len(places):])!r}: nothing is expected here{hint}")
     lost = [place for place in places[len(given):] if place.needed]
     for place in lost: check.refuse(f"{place.name} is missing: {place.about}")
     return [*given[:len(places)], *kept], not lost
@@ -259,9 +261,12 @@ def _shared_fields(data, model, pretrained, augment, size, lr, precision):
 def _named_methods(methods, check):
     "Methods of a comma-separated list, with plain training, or None for all"
     if methods is None: return None
-    named = [name.strip() for name in methods.split(',')]
-    parts = [check(method_parts, name) for name in named]
-    return list(dict.fromkeys(['none', *('+'.join(part) for part in parts if part)]))
+    named = list(dict.fromkeys(name.strip() for name in methods.split(',')))
+    found = [check(read_method, name) for name in named]
+    names = [one[0] for one in found if one]
+    twice = [name for name in dict.fromkeys(names) if names.count(name)>1]
+    check.refuse(*(f"{name} is there twice: several settings of a method are for a sweep" for name in twice))
+    return ['none', *(name for name,one in zip(named, found) if one and one[0]!='none')]
 
 # %% ../nbs/cli.ipynb #81940c36
 @app.command()
@@ -285,7 +290,8 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
         from phantom_nb.experiments.methods import make_method
         from phantom_nb.experiments.report import show_comparison
         with Refusals() as check:
-            for name in chosen or []: check(make_method, name) # whether its parts go together
+            for name,given in map(read_method, chosen or []):
+                check(make_method, name, **given) # whether its parts go together
         added = methods and 'none' not in methods.replace(' ', '').split(',')
         if added: _say(console, "Plain training (none) is added, to compare with.")
         shared, = runner.name_images([Run(**{**fields, 'frozen':0})])
@@ -295,7 +301,8 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
         else: runs,advice = _planned(plan, console, fields, n_train, budget, chosen, seeds, epochs, out, root, jobs)
         out = out or _compare_folder(data, runs[0].n_train)
         runs = runner.settle_precision(runs, out/'runs', root)
-        _say_images(console, plan, runs, runner.make_learner(runs[0], root).dls, budget, _is_complete(runs, out))
+        _say(console, _runs_words(plan, runs))
+        _say_images(console, plan, runs, runner.make_learner(runs[0], root).dls, budget, not _left_of(runs, out))
         for sentence in _recorded_words(runs, out): _say(console, sentence)
     with _Watch(len(runs), console, runs, out/'runs') as watch:
         try: runner.run_many(runs, jobs=jobs, time_budget=budget, store=out/'runs', root=root, on_row=watch)
@@ -347,6 +354,15 @@ def _compare_folder(data, n_train):
     name = Path(data).expanduser().resolve().name if '/' in data else data
     return Path('compare')/f"{name}-{n_train or 'all'}"
 
+def _runs_words(plan, runs):
+    "How many runs there are, and the weights of the methods"
+    from phantom_nb.experiments.methods import search_space
+    n = plan.counted(len(runs), 'run')
+    told = {run.method:{k:v for k,v in dict(run.settings).items() if k in search_space(run.method)} for run in runs}
+    def words(given): return ' '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k,v in given.items())
+    weights = ', '.join(f'{method} {words(given)}' for method,given in told.items() if given)
+    return f"{n} of {plan.counted(runs[0].epochs, 'epoch')}{': ' if weights else ''}{weights}."
+
 def _image_words(plan, run, dls):
     "Which images train, choose and judge, and whether they are augmented"
     judges = run.test or not run.n_valid # else validation images judge
@@ -356,10 +372,10 @@ def _image_words(plan, run, dls):
     words = plan.images_words(len(dls.train_ds), n_valid, n_test, run.folds)
     return f"{dls.source}. {words} Training images are {how}."
 
-def _is_complete(runs, out):
-    "Whether all runs are recorded"
+def _left_of(runs, out):
+    "How many runs are not recorded yet"
     from phantom_nb.experiments.store import run_file
-    return all(run_file(out/'runs', run).exists() for run in runs)
+    return sum(not run_file(out/'runs', run).exists() for run in runs)
 
 def _say_images(console, plan, runs, dls, budget, complete):
     "Say which images train, choose and judge, and how small a difference they can show"
@@ -377,8 +393,12 @@ def _recorded_words(runs, out):
     from phantom_nb.experiments.store import load_results
     if not any((out/'runs').glob('*.json')): return
     df = load_results(out/'runs')
-    there = df.key.isin([run.key for run in runs]).sum()
-    if there: yield f"{there} of {len(runs)} runs are recorded already in {out}."
+    there = df.key.isin([run.key for run in runs])
+    if there.any(): yield f"{there.sum()} of {len(runs)} runs are recorded already in {out}."
+    more = df[~there & (df.images==runs[0].images)]
+    if len(more):
+        epochs = ', '.join(f'{n:.0f}' for n in sorted(more.epochs.unique()))
+        yield f"{len(more)} more there have other options (epochs {epochs}): the page shows them, too."
     other = (df.data==runs[0].data) & (df.get('images', '')!=runs[0].images)
     if other.any():
         yield f"{other.sum()} more in {out} saw other images: the folder has changed since, so they are not used."
@@ -392,8 +412,11 @@ def _planned(plan, console, fields, n_train, budget, methods, seeds, epochs, out
     def make(): return plan.plan_comparison(run, budget, methods, seeds, epochs, root, jobs=jobs)
     runs,fit = plan.kept_plan(out/'plan.json', make, asked)
     size = ', '.join(starmap(plan.counted, ((len(fit.methods), 'method'), (fit.seeds, 'seed'), (fit.epochs, 'epoch'))))
-    time = f"about {plan.duration(fit.seconds)} of the {plan.duration(budget)} given"
-    _say(console, f"{size}: {'nothing is left to run' if _is_complete(runs, out) else time}.")
+    left = _left_of(runs, out)
+    time = plan.duration(fit.seconds*left/len(runs)) if left else ''
+    some = f" for the {plan.counted(left, 'run')} that {'is' if left==1 else 'are'} left"*(left<len(runs))
+    told = f"about {time} of the {plan.duration(budget)} given{some}" if left else "nothing is left to run"
+    _say(console, f"{size}: {told}.")
     for sentence in fit.left_out: _say(console, sentence[0].upper()+sentence[1:]+'.')
     def advice(runs, out):
         from phantom_nb.experiments.store import load_results
@@ -429,6 +452,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     with console.status("Reading the images ..."):
         told = [_image_words(plan, part.runs[0], make_learner(part.runs[0], root).dls) for part in experiment.parts]
     for sentence in dict.fromkeys(told): _say(console, sentence)
+    _say(console, f"{plan.counted(len(experiment.runs), 'run')}.")
     out,n = out or Path('sweeps')/experiment.name, len(experiment.runs)
     if budget: _say(console, f"{plan.counted(n, 'run')} in {plan.duration(budget)} at most.")
     def n_studies(part): return len({(run.method, run.data, run.n_train, run.model) for run in part.runs})
@@ -489,7 +513,7 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric=None,
         check(_check_suffix, plot, PICTURES)
         for name,file in dict(export=export, plot=plot).items():
             if file: check(_check_folder, name, file.parent)
-        if not path.exists(): check.refuse(f"{path} does not exist: give a store's folder or a .jsonl file")
+        if not path.exists(): check.refuse(f"{path} does not exist: give a folder of results or a .jsonl file")
         for condition in where or []:
             if '=' in condition: continue
             check.refuse(f"--where {condition!r}: write column=value, for instance data=digits")
@@ -560,60 +584,88 @@ def bench(name:Bench, out:Kept=Path('results')):
 
 # %% ../nbs/cli.ipynb #d7fabfc3
 Saved = Annotated[Path, _argument("File of learn.export. It is a pickle: open only what you trust.")]
+Seen = Annotated[str|None, _option("The images that it was trained on: a data set "
+    f"({_names(DATA_NAMES)}) or a folder. Default: digits.")]
 Sample = Annotated[int|None, _option("Training images to measure on, class-balanced. "
     "Default: 1000, or all there are.")]
 Figure = Annotated[Path|None, _option("File of the figure (.png, .svg, .pdf). "
     "Default: LEARNER-layers.png beside the learner.")]
 
+def _learner_loaders(learn, data, n, root, size):
+    "Loaders of the images that a learner was trained on; where none were named, a misfit is told as that"
+    from phantom_nb.experiments.learner import loaders_for
+    try: return loaders_for(learn, data or 'digits', n, root, size)
+    except ValueError as e:
+        if data is None: raise ValueError(f"--data is missing, and digits do not fit: {e}") from e
+        raise
+
 MEASURES_TOLD = [
     "c3: variance of a unit's responses within a class, to that over all images; c4: the same of distances, by layer.",
     "network: the highest units (c3: 30 a class) or layer (c4) of each class, wherever they lie, so no layer has more.",
     "In the paper, networks with larger values generalize better among networks trained on the same classes. Alone, "
-    "no value is good or bad."]
+    "no value is good or bad; phantom_nb report says which are unusual."]
 
 @app.command()
-def measure(learner:Saved, data:Data='digits', n:Sample=None, size:Size=None, plot:Figure=None, root:Root=None):
+def measure(learner:Saved, data:Seen=None, n:Sample=None, size:Size=None, plot:Figure=None, root:Root=None):
     "Report how much a saved learner tells apart inside its classes, by layer; save the figure."
     plot = plot or learner.with_name(f'{learner.stem}-layers.png')
     with _checks() as check:
-        check(check_data, data)
+        if data is not None: check(check_data, data)
         check(_check_suffix, plot, PICTURES)
         if n is not None: check(whole, 'n', n, 2)
         if size is not None: check(whole, 'size', size, 1)
         check(_check_root, root)
         check(_check_saved, learner)
         if not plot.parent.is_dir(): check.refuse(f"{str(plot)!r}: the folder does not exist, make it first")
-    from phantom_nb.experiments.learner import loaders_for, open_learner
+    from phantom_nb.experiments.diagnose import at_chance
+    from phantom_nb.experiments.learner import open_learner
     from phantom_nb.experiments.report import save_figure
     from phantom_nb.measures.intraclass import intraclass_report
     learn,console = open_learner(learner),_wide_console()
-    dl = loaders_for(learn, data, n, root, size).train
+    dl = _learner_loaders(learn, data, n, root, size).train
+    data = data or 'digits'
     table,fig = intraclass_report(learn, len(dl.dataset), dl=dl)
     save_figure(fig.axes, plot)
     right = f"{100*table.attrs['accuracy']:.1f}% right"
     console.print(f"{learner.name} on {table.attrs['n']} training images of {data}: {right}", highlight=False)
     _show_table(table.rename_axis('layer').reset_index(), console)
+    if at_chance(table.attrs['accuracy'], table.attrs['n'], learn.dls.c):
+        _say(console, "That is no better than guessing: the numbers say nothing about this network.", 'red')
     for sentence in MEASURES_TOLD: _say(console, sentence, 'dim')
     console.print(f"Figure: {plot}", soft_wrap=True, highlight=False)
 
 # %% ../nbs/cli.ipynb #a7c0ffee
-Classes = Annotated[int|None, _option("Classes of your images.")]
-PerClass = Annotated[float|None, _option("Training images a class.")]
+Classes = Annotated[int|None, _option("Classes of your images. Default: those of --data.")]
+PerClass = Annotated[float|None, _option("Training images a class. Default: those of --data.")]
+Counted = Annotated[str|None, _option("Data set or folder of images whose classes and images are counted.")]
 WrongLabels = Annotated[float, _option("Share of wrong labels that you expect, such as 0.2.")]
 Started = Annotated[bool, _option("Your network begins with weights from other images.")]
-Imbalance = Annotated[float, _option("Images of the commonest class to those of the rarest.")]
+Imbalance = Annotated[float|None, _option("Images of the commonest class to those of the rarest. "
+    "Default: that of --data, or 1.")]
+
+def _counted(data, root):
+    "Classes, images a class and imbalance of a data set"
+    from phantom_nb.data import load_dataset
+    counts = load_dataset(data, root).y_train.bincount()
+    n = len(counts)
+    return dict(classes=n, per_class=round(counts.sum().item()/n, 1), imbalance=(counts.max()/counts.min()).item())
 
 @app.command()
-def suggest(classes:Classes=None, per_class:PerClass=None, pretrained:Started=False, wrong_labels:WrongLabels=0.,
-    imbalance:Imbalance=1.):
+def suggest(classes:Classes=None, per_class:PerClass=None, data:Counted=None, pretrained:Started=False,
+    wrong_labels:WrongLabels=0., imbalance:Imbalance=None, root:Root=None):
     "Say what helped in the recorded settings that are most like yours."
     from phantom_nb.experiments.suggest import Setting, suggest as suggested
-    mine = dict(classes=classes, per_class=per_class)
     with _checks() as check:
-        for name,value in mine.items():
-            if value is None: check.refuse(f"--{name.replace('_', '-')}: give a number, such as 10")
-        told = {name:2 if value is None else value for name,value in mine.items()}
-        setting = check(Setting, **told, pretrained=pretrained, wrong_labels=wrong_labels, imbalance=imbalance)
+        if data is not None: check(check_data, data)
+        check(_check_root, root)
+        for name,value in dict(classes=classes, per_class=per_class).items():
+            if value is None and data is None: check.refuse(f"--{name.replace('_', '-')}: give a number, such as 10")
+    counted = dict(imbalance=1.) if data is None else _counted(data, root)
+    given = dict(classes=classes, per_class=per_class, imbalance=imbalance)
+    told = counted | {name:value for name,value in given.items() if value is not None}
+    with Refusals() as check: setting = check(Setting, **told, pretrained=pretrained, wrong_labels=wrong_labels)
+    if data is not None:
+        _say(Console(), f"{data}: {setting.classes} classes, {setting.per_class:g} training images each.")
     _wide_console().print(suggested(setting), highlight=False, markup=False, soft_wrap=True)
 
 # %% ../nbs/cli.ipynb #ef690608
@@ -622,11 +674,11 @@ Page = Annotated[Path|None, _option("The page (.html); a picture (.png) is writt
 Trained = Annotated[int|None, _option("Images that it was trained on. Default: as many as the learner says it was.")]
 
 @app.command()
-def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=None, out:Page=None, root:Root=None):
+def report(learner:Saved, data:Seen=None, n_train:Trained=None, size:Size=None, out:Page=None, root:Root=None):
     "Say what is wrong with a saved learner and what to try; write one page with figures."
     out = out or learner.with_suffix('.html')
     with _checks() as check:
-        check(check_data, data)
+        if data is not None: check(check_data, data)
         check(_check_suffix, out, ('.html',))
         check(_check_folder, 'out', out.parent)
         for name,value in dict(size=size, n_train=n_train).items():
@@ -636,9 +688,11 @@ def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=No
     from phantom_nb.data import get_dls, load_dataset
     from phantom_nb.experiments.diagnose import diagnose
     from phantom_nb.experiments.diagnosis_page import save_diagnosis
-    from phantom_nb.experiments.learner import loaders_for, open_learner, trained_on
+    from phantom_nb.experiments.learner import open_learner, trained_on
     learn,console = open_learner(learner),_wide_console()
-    dls = loaders_for(learn, data, n_train, root, size)
+    dls = _learner_loaders(learn, data, n_train, root, size)
+    if data is None: _say(console, "Looked at: digits. Say --data FOLDER for images of your own.")
+    data = data or 'digits'
     images = load_dataset(data, root, size=dls.train_ds.x.shape[-1])
     own = images.x_valid is not None
     if own: dls = get_dls(images, device='cpu')
@@ -648,7 +702,6 @@ def report(learner:Saved, data:Data='digits', n_train:Trained=None, size:Size=No
     n_train = n_train or trained_on(learn, len(images.x_train))
     found = diagnose(learn, dls.train, held, n_train=n_train, title=f"{learner.name} on {data}")
     page,picture = save_diagnosis(found, out)
-    if data=='digits': _say(console, "Looked at: digits. Say --data FOLDER for images of your own.")
     _say(console, f"Held-out images: {'validation' if own else 'test'} images of {data}. Do not choose between "
         "networks on them.")
     for finding in found.findings: _say(console, str(finding))

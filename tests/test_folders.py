@@ -92,7 +92,7 @@ def test_a_class_that_test_lacks_is_named(tmp_path):
 
 @pytest.mark.parametrize('counts, says', [
     ({'train/a': 2, 'train/b': 2, 'test/a': 1, 'test/z': 1}, 'test has classes that train has not: z'),
-    ({'train/a': 2, 'test/a': 2}, '1 class folders'),
+    ({'train/a': 2, 'test/a': 2}, 'one folder of a class alone'),
     ({'train/a': 2, 'train/b': 0, 'test/a': 2}, 'no image in the class b'),
     ({'train/a': 2, 'train/b': 2, 'test/a': 0}, 'no image in'),
     ({'train/x/a': 1, 'train/y/a': 1, 'train/y/b': 1, 'test/x/a': 1}, 'two classes of one name'),

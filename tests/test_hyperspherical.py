@@ -282,6 +282,7 @@ def test_padding_is_for_small_layers_on_a_gpu():
     with FakeTensorMode():
         small,large = [[torch.empty(1, n, 8, device='cuda') for n in (4, size)] for size in (9, 3000)]
         assert _fits_padding(small) and not _fits_padding(large) and not _fits_padding(small[:1])
+        assert _fits_padding([torch.empty(1, 200, 8, device='cuda')]*2) and _fits_padding([w.double() for w in small])
         assert not _fits_padding([small[0], small[1].half()]) and not _fits_padding([w.half() for w in small])
     assert not _fits_padding([torch.empty(1, 4, 8)]*2)
 
@@ -348,3 +349,28 @@ def test_factors_of_layers_may_be_small_but_not_negative():
     assert abs(cb.penalty()-.5*cb.energies()['1'])<1e-6
     for name in ('hidden','output'):
         with pytest.raises(ValueError, match=f'{name}=-0.5'): MHE(**{name:-.5})
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_gradients_in_half_precision_are_those_of_float32_and_never_infinite(dtype):
+    torch.manual_seed(0)
+    w = torch.randn(6, 5).to(dtype)
+    def gradient(w, times=1.): return torch.autograd.grad(times*hyperspherical_energy(w.requires_grad_()).float(), w)[0]
+    assert torch.allclose(gradient(w).float(), gradient(w.float()), rtol=.02, atol=1e-3)
+    huge = gradient(w, 1e38) # beyond the range of either: the largest number with the right sign
+    assert huge.isfinite().all() and torch.equal(huge.sign(), gradient(w).sign())
+
+def test_groups_that_do_not_fit_together_count_alike(monkeypatch):
+    import phantom_nb.regularizers.energy as energy
+    w = torch.randn(5, 4, 3)
+    want,each = hyperspherical_energy(w),hyperspherical_energy(w, each=True)
+    monkeypatch.setattr(energy, '_together', lambda w: 2)
+    assert torch.isclose(hyperspherical_energy(w), want) and torch.allclose(hyperspherical_energy(w, each=True), each)
+
+def test_layers_of_one_shape_add_up():
+    "Three hidden layers of one shape count three times, the output ten times"
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), *[m for _ in range(3) for m in (nn.Linear(32, 32), nn.ReLU())], nn.Linear(32, 10))
+    with attach(model, MHE(1., half_space=True)) as penalty:
+        model(torch.zeros(1, 64))
+        layers = [m for m in model if isinstance(m, nn.Linear)]
+        want = sum(hyperspherical_energy(m.weight, half_space=True) for m in layers[:-1])+10*hyperspherical_energy(layers[-1].weight)
+        assert torch.isclose(penalty(), want, rtol=1e-5)

@@ -445,3 +445,6 @@ def test_channels_last_weights_meet_the_same_projections(kind, options):
                 penalty = cb.penalty()
         found[layout] = penalty,*torch.autograd.grad(penalty, [conv.weight for conv in model]),*[p for p in cb.basis.values() if p is not None]
     for a,b in zip(*found.values(), strict=True): assert torch.allclose(a, b, rtol=1e-3, atol=1e-5*b.abs().max().item())
+
+def test_a_negative_epsilon_is_refused():
+    with pytest.raises(ValueError, match='eps=-1'): angle_distortion(torch.randn(4, 3), torch.randn(2, 3), eps=-1.)

@@ -303,3 +303,6 @@ def test_wrong_answers_are_as_rare_as_said():
     said = np.mean([(answer({i:rng.normal(size=5) for i in range(10)}).answer!='unclear').any() for _ in range(times)])
     edge = np.mean([answer({0:Claim(rng.normal(1, 1, 6), 'within', 1.)}).answer.iloc[0]=='yes' for _ in range(times)])
     assert max(said, edge) < .05+4*(.05*.95/times)**.5
+
+def test_claims_need_a_level_that_is_one():
+    with pytest.raises(ValueError, match='level=2'): answer({'a':Claim(np.array([.1,.2,.3]))}, level=2)

@@ -231,7 +231,7 @@ def test_what_tuning_chose_does_not_part_a_method_from_its_baseline():
 
 def test_a_file_that_holds_no_results_is_named(tmp_path):
     (tmp_path/'mine.toml').write_text('seeds = 2')
-    with pytest.raises(ValueError, match="mine.toml holds no results: give a store's folder"): load_results(tmp_path/'mine.toml')
+    with pytest.raises(ValueError, match="mine.toml holds no results: give a folder of results"): load_results(tmp_path/'mine.toml')
 
 def test_settings_that_are_no_numbers_are_told(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

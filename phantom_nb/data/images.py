@@ -354,7 +354,9 @@ def find_images(
     dirs = {split: next((folder/n for n in names if (folder/n).is_dir()), None) for split,names in SPLITS.items()}
     train = dirs['train'] or folder
     folders = class_folders(train)
-    if len(folders) < 2: raise ValueError(f"{folder}: {len(folders)} class folders in {train}; {LAYOUTS}")
+    if len(folders) < 2:
+        found = {0:"no folder of a class", 1:"one folder of a class alone"}[len(folders)]
+        raise ValueError(f"{folder}: there is {found} in {train}, and two are the least; {LAYOUTS}")
     names = sorted(folders)
     note = 'train and test as given'
     if dirs['train'] and dirs['valid'] and not dirs['test']:

@@ -19,7 +19,7 @@ from .diagnose import BY_CLASSES, FELT, Finding, LEVELS, QUANTITIES, load_bands,
 from .diagnose import row_quantities
 from .diagnose import sentence_start
 from .diagnosis_page import STYLE, figure_text
-from .plan import unfit_words
+from .plan import other_ways, unfit_words
 from .report import HOUSE, plot_comparison, plot_comparisons, save_figure, tell_apart
 from .report import text_cells, unit_of, verdict
 from .run import DATA_NAMES
@@ -31,15 +31,17 @@ def _felt(df):
     "A finding for each method whose share of the gradient is recorded"
     if 'share' not in df: return
     for method,runs in df[df.share.notna()].groupby('method', sort=False):
-        share,lams = runs.share.mean(),{settings.get('lam') for settings in runs.settings}
-        lam = lams.pop() if len(lams)==1 else 0
+        pairs = [pair for settings in runs.settings for pair in settings.items()]
+        share,weights = runs.share.mean(),{(name, value) for name,value in pairs if name.split('.')[-1]=='lam'}
+        name,lam = weights.pop() if len(weights)==1 else ('', 0) # of two penalties nobody knows whose share it is
         known = isinstance(lam, (int, float)) and lam>0
         told = f"{method}: share of the gradient {share:.3f}."
         if share<FELT[0]:
-            more = f": try lam={lam*5*FELT[0]/max(share, 1e-3):.2g}" if known else ''
+            more = f": try {name}={lam*5*FELT[0]/max(share, 1e-3):.2g}" if known else ''
             yield Finding('do', told, f"The penalty is hardly felt{more}. Its result says little about the method.")
         elif share>FELT[1]:
-            yield Finding('do', told, f"The penalty rules the training{f': try lam={lam/5:.2g}' if known else ''}.")
+            less = f'{name}={lam/5:.2g}' if known else 'smaller weights'
+            yield Finding('do', told, f"The penalty rules the training: try {less}.")
 
 # %% ../../nbs/experiments/comparison_page.ipynb #b9b7ae94
 def moved_quantities(
@@ -83,7 +85,7 @@ def _ground(df, baseline):
     told = f"Plain training is right on {fits:.1f} % of its training images"
     if np.isfinite(gap):
         yield Finding('well', f"{told}, and {gap:.1f} points less on {'test' if 'accuracy' in plain else 'validation'} "
-            "images: that is what there is to gain.")
+            "images.", other_ways(plain))
     known = 'params' in plain and plain[['n_train','params']].notna().all(axis=None)
     bands = load_bands(int(plain.n_train.iloc[0]), int(plain.params.iloc[0])) if known else {}
     for name,value in row_quantities(plain).mean().items():
@@ -168,8 +170,10 @@ def draw_times(
 def _section(df, title, baseline, metric):
     "One setting: sentences, pictures, tables"
     table = comparison(df, baseline, metric=metric)
-    items = ''.join(f'<li class="{f.kind}"><b>{escape(f.fact)}</b> {escape(f.advice)}</li>'
-        for f in judge_comparison(df, baseline, metric))
+    found = judge_comparison(df, baseline, metric)
+    first = [f for i,f in enumerate(found) if not i or f.kind!='see']
+    def listed(findings):
+        return ''.join(f'<li class="{f.kind}"><b>{escape(f.fact)}</b> {escape(f.advice)}</li>' for f in findings)
     with plt.style.context(HOUSE):
         pictures = figure_text(plot_comparison(table)[0].figure)
         fig,ax = plt.subplots(figsize=(4.5, 3.5))
@@ -178,8 +182,9 @@ def _section(df, title, baseline, metric):
     figures = (f'<img alt="Differences to {escape(baseline)} with intervals" src="data:image/png;base64,{pictures}">'
         f'<img alt="What a method brings against the time of a run" src="data:image/png;base64,{times}">')
     heading = f'<h2>{escape(title)}</h2>' if title else ''
-    return (f'<section>{heading}<ul>{items}</ul><div class="figures">{figures}</div><h3>All methods</h3>'
-        f"{_html_table(text_cells(table).reset_index(names='method'))}{_moved_table(df, baseline)}</section>")
+    return (f'<section>{heading}<ul>{listed(first)}</ul><div class="figures">{figures}</div><h3>All methods</h3>'
+        f"{_html_table(text_cells(table).reset_index(names='method'))}{_moved_table(df, baseline)}"
+        f"<ul class='more'>{listed(f for f in found if f not in first)}</ul></section>")
 
 def _settings(df):
     "Names and rows of the settings of a file of results, and what tells them apart"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEMPERATURES', 'GROUPS', 'SIZES', 'LEVELS', 'QUANTITIES', 'DEPTHS', 'BY_LAYER', 'FROM_ROWS', 'MOST_OF_A_SETTING',
-           'FEWEST', 'FIT', 'BANDS', 'BY_CLASSES', 'CLASSES', 'SAMPLE', 'FELT', 'OVERALL', 'best_temperature',
-           'Confusion', 'confused_pairs', 'sentence_start', 'row_quantities', 'layer_depths', 'layer_bands',
-           'reference_bands', 'load_bands', 'percentile_in', 'Finding', 'Diagnosis', 'diagnose', 'at_chance',
-           'half_width', 'onset_of', 'judge_network']
+           'FEWEST', 'FIT', 'BANDS', 'BY_CLASSES', 'CLASSES', 'SAMPLE', 'FEW_HELD', 'FELT', 'OVERALL',
+           'best_temperature', 'Confusion', 'confused_pairs', 'sentence_start', 'row_quantities', 'layer_depths',
+           'layer_bands', 'reference_bands', 'load_bands', 'percentile_in', 'Finding', 'Diagnosis', 'diagnose',
+           'at_chance', 'half_width', 'onset_of', 'judge_network']
 
 # %% ../../nbs/experiments/diagnose.ipynb #dc532a18
 import itertools, json, math
@@ -363,6 +363,7 @@ def diagnose(
     return found
 
 # %% ../../nbs/experiments/diagnose.ipynb #7296dd25
+FEW_HELD = 30 # held-out images, below which they say little (ours)
 FELT = .02,.5 # share of the gradient: below, a penalty is not felt; above, it rules (ours)
 
 def at_chance(
@@ -385,6 +386,7 @@ def _learned(d):
     "Has it learned its training images?"
     a,v,n = 100*d.train['accuracy'], 100*d.valid['accuracy'], d.valid['n']
     told = f"Accuracy is {a:.1f} % on training images and {v:.1f} ± {half_width(v/100, n):.1f} % on {n} held-out ones."
+    if n<FEW_HELD: told += f" So few say little: hold out more (n_valid= of get_dls)."
     if at_chance(d.train['accuracy'], d.train['n'], len(d.classes)):
         return Finding('stop', told, f"Chance is {100/len(d.classes):.1f} %, and these images cannot tell it from "
             "guessing. Check labels, epochs and learning rate (lr_find).")
@@ -392,7 +394,8 @@ def _learned(d):
     if a<90:
         more = ("A regularizer would hold it back more." if gap<max(3, half_width(v/100, n)) else f"It is worse by "
             f"{gap:.1f} points on held-out ones besides: augmentation and more images help against that.")
-        return Finding('do', told, "It does not fit its training images: train longer or take a larger network. "
+        return Finding('do', told, "It does not fit its training images: train longer, in smaller batches where images "
+            "are few, or take a larger network. "
             f"{more}")
     if gap<max(2, half_width(v/100, n)): return Finding('well', told, "The gap is within what these images can show.")
     return Finding('do', told, f"It over-fits by {gap:.1f} points.{_atlas_words(d)}")

@@ -189,7 +189,7 @@ def panels_of(
     "Choose the panels; at chance level only those that judge outputs (ours)."
     there = dict(curves=len(d.curves)>0, energy=len(d.weights)>0, norms=len(d.weights)>0, bands=bool(d.bands),
         similarity=bool(d.valid['cosines'].isfinite().any()))
-    silent = {'bands','intraclass','similarity'} if _guesses(d) else set()
+    silent = {'bands','intraclass','similarity','calibration'} if _guesses(d) else set()
     return {name:draw for name,draw in PANELS.items() if there.get(name, True) and name not in silent}
 
 def plot_diagnosis(
@@ -214,7 +214,7 @@ li {margin: .5rem 0; padding-left: .6rem; border-left: .3rem solid #999; list-st
 .stop {border-color: #b00020} .do {border-color: #b85c00} .well {border-color: #007a55}
 .figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem}
 figure {margin: 0} figcaption {font-size: .85rem} img {width: 100%; background: #fff}
-.table {overflow-x: auto}
+.table {overflow-x: auto} .more b {font-weight: normal}
 @media (prefers-color-scheme: dark) {body {color: #ddd; background: #1c1c1c} img {filter: brightness(.88)}}"""
 READING = dict(curves='Validation loss that rises while training loss falls is over-fitting.',
     calibration='On the line it is as sure as it is right; below, too sure.',

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENERGY', 'LOSS', 'SMALL', 'LAZY', 'PHANTOM', 'DRAWS', 'METHODS', 'LR', 'Pieces', 'Method', 'method_parts',
-           'full_settings', 'hashed_settings', 'join_pieces', 'make_method', 'search_space']
+           'full_settings', 'read_method', 'hashed_settings', 'join_pieces', 'make_method', 'search_space']
 
 # %% ../../nbs/experiments/methods.ipynb #0efb5931
+from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -241,6 +242,23 @@ def full_settings(
             if name in known: check(_check_kind, name.split('.')[-1], value, known[name])
     kept = {name:value for name,value in settings.items() if name not in rare or value!=rare[name]}
     return {**defaults, **kept}
+
+def read_method(
+    text:str # a key of `METHODS`, or several joined by '+', and its settings: 'half_mhe:lam=3', 'mixup:alpha=0.4'
+)->tuple: # the method; dict of the settings that are given
+    "Read a method and its settings from a word; raise a `ValueError` that shows how it is written (ours)."
+    name,*given = str(text).split(':')
+    method,settings = '+'.join(method_parts(name)),{}
+    for part in given:
+        key,sign,value = part.partition('=')
+        if not sign: raise ValueError(f"method {text!r}: write a setting like {method}:lam=3")
+        try: settings[key.strip()] = literal_eval(value.strip())
+        except (ValueError, SyntaxError): settings[key.strip()] = value.strip()
+    defaults = _table(method, 'defaults')
+    for key,value in settings.items(): # 3 is 3.0 where a fraction may stand: both are the same run
+        if type(defaults.get(key)) is float and type(value) is int: settings[key] = float(value)
+    full_settings(method, settings)
+    return method,settings
 
 def hashed_settings(
     method:str, # a key of `METHODS`, or several joined by '+'

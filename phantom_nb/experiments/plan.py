@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'RESERVE', 'FAVOURITES', 'FLOORS', 'LONGER', 'FEW', 'PAIRED_SD', 'DISAGREE', 'FITS', 'all_methods',
-           'comparison_runs', 'seconds_for', 'counted', 'duration', 'Budget', 'divide_time', 'has_test_images',
-           'validation_images', 'plan_comparison', 'images_words', 'kept_plan', 'paired_sd', 'detectable_words',
-           'mean_and_interval', 'unfit_words', 'advise']
+           'read_methods', 'comparison_runs', 'seconds_for', 'counted', 'duration', 'Budget', 'divide_time',
+           'has_test_images', 'validation_images', 'plan_comparison', 'images_words', 'kept_plan', 'paired_sd',
+           'detectable_words', 'mean_and_interval', 'unfit_words', 'advise', 'other_ways']
 
 # %% ../../nbs/experiments/plan.ipynb #51ae08ad
 import json, math
@@ -21,7 +21,7 @@ from scipy import stats as scipy_stats
 from ..checks import number, whole
 from .engines import share_out
 from .learner import load_data, step_seconds
-from .methods import METHODS, method_parts
+from .methods import METHODS, read_method
 from .run import DATA_NAMES, Run
 from .stats import smallest_detectable
 from .store import write_atomic
@@ -33,10 +33,20 @@ def all_methods()->list: # names
     "List the methods that differ from one another at their defaults, without those beside the papers (ours)."
     return [name for name,method in METHODS.items() if not (method.same_as or method.rival)]
 
+def read_methods(
+    methods:Iterable # words as `read_method` reads them
+)->list: # (method, settings), each method once
+    "Read the methods of a comparison; raise a `ValueError` for one with two settings (ours)."
+    found = [read_method(method) for method in dict.fromkeys(methods)]
+    names = [name for name,_ in found]
+    for name in names:
+        if names.count(name)>1: raise ValueError(f"{name} is there twice: several settings of a method are for a sweep")
+    return found
+
 def comparison_runs(
     data:str='digits', # a key of `DATASETS`, or a folder of images
     n_train:int|None=None, # training images; None for what suits the data set, all of a folder
-    methods:Iterable|None=None, # names, several joined by '+'; None for all
+    methods:Iterable|None=None, # names, as `read_method` reads them; None for all
     seeds:int=5, # seeds 0 to seeds-1, >= 1
     epochs:int|None=None, # None for what suits the data set
     **kwargs # further fields of `Run`
@@ -44,10 +54,11 @@ def comparison_runs(
     "Specify a comparison; raise a `ValueError` that lists the right ones for a wrong name or value (ours)."
     whole('seeds', seeds, 1, what="a whole number (5 or more for useful intervals)")
     usual = SIZES.get(data, (None,20))
-    methods = ['+'.join(method_parts(method)) for method in dict.fromkeys(methods or all_methods())]
+    methods = read_methods(methods or all_methods())
     kwargs |= dict(data=data, n_train=usual[0] if n_train is None else n_train)
     kwargs['epochs'] = usual[1] if epochs is None else epochs
-    return [Run(method=method, seed=seed, **kwargs) for seed in range(seeds) for method in methods]
+    return [Run(method=method, settings=settings, seed=seed, **kwargs) for seed in range(seeds)
+        for method,settings in methods]
 
 # %% ../../nbs/experiments/plan.ipynb #592573f0
 RESERVE = .35
@@ -197,7 +208,8 @@ def plan_comparison(
     usual = SIZES[run.data][1] if run.data in SIZES else 10 if run.pretrained else 30
     fit = divide_time(budget, epoch, judging, jobs, methods, seeds, epochs, usual)
     run = replace(run, epochs=fit.epochs, frozen=min(run.frozen, fit.epochs-1))
-    return [replace(run, method=method, seed=seed) for seed in range(fit.seeds) for method in fit.methods], fit
+    return [replace(run, method=method, settings=settings, seed=seed) for seed in range(fit.seeds)
+        for method,settings in read_methods(fit.methods)], fit
 
 # %% ../../nbs/experiments/plan.ipynb #7d057a38
 FEW = 100
@@ -259,7 +271,8 @@ def detectable_words(
     size = 100*smallest_detectable(seeds, paired_sd(n_test), 1-.05/n_methods)
     if size>100: return f"{counted(seeds, 'seed')} and {counted(n_test, 'test image')} can show no difference at all."
     points = f"{size:.1f}" if size<10 else f"{size:.0f}"
-    return f"{counted(seeds, 'seed')} can show differences of about {points} points or more."
+    return f"{counted(seeds, 'seed')} can show differences of about {points} points at best, less where networks " \
+        "are often wrong."
 
 # %% ../../nbs/experiments/plan.ipynb #0904b689
 def mean_and_interval(
@@ -284,7 +297,7 @@ def unfit_words(
     if not len(plain) or 'train_accuracy' not in plain: return '',''
     fits = plain.train_accuracy.mean()
     if not fits<FITS: return '',''
-    longer = f" (--epochs {2*plain.epochs.max():.0f})" if 'epochs' in plain else ''
+    longer = f" (--epochs {max(30, 2*plain.epochs.max()):.0f})" if 'epochs' in plain else ''
     fact = f"Plain training is right on {100*fits:.1f} % of its training images."
     return fact, f"Train longer first{longer}: this compares how fast methods learn, not how well they generalize."
 
@@ -302,7 +315,7 @@ def advise(
     done = df[df.status=='done']
     if not (done.method=='none').any(): return "No plain training is finished, so nothing can be compared yet."
     valid = done.pivot_table(index='seed', columns='method', values='valid_accuracy')
-    if methods is not None: valid = valid.reindex(columns=list(methods))
+    if methods is not None: valid = valid.reindex(columns=[name for name,_ in read_methods(methods)])
     shared = valid.dropna()
     fewest = min(3, seeds)
     if methods is not None and len(shared)<fewest:
@@ -313,16 +326,29 @@ def advise(
     chosen = shared.mean().drop('none').idxmax()
     if shared.mean()[chosen]<=shared.mean()['none']:
         return f"No method beat plain training on the validation images; the closest was {chosen} " \
-            f"({_versus(shared, chosen)}). Use plain training."
+            f"({_versus(shared, chosen)}). Use plain training. {other_ways(done)}".rstrip()
     test = done.pivot_table(index='seed', columns='method', values='accuracy')[['none',chosen]].dropna()
     mean,low,high = mean_and_interval(test[chosen]-test['none'], 1/folds if folds else 0.)
     size = f"{100*mean:+z.1f} points" + (f" [{100*low:+z.1f}, {100*high:+z.1f}]" if math.isfinite(low) else '')
-    first = f"Chosen on validation images: {chosen}, {_versus(shared, chosen)}. " \
+    n = f"{done.n_valid.iloc[0]:.0f} " if 'n_valid' in done else ''
+    first = f"Chosen on {n}validation images: {chosen}, {_versus(shared, chosen)}. " \
         f"On the test images: {_versus(test, chosen)}, {size}, {counted(len(test), 'seed')}" \
         f"{'; unlike the table, this interval counts that the parts share training images' if folds else ''}."
     if not math.isfinite(low): return f"{first} One seed cannot tell luck from effect: give more time."
     if unfit := ' '.join(filter(None, unfit_words(done[done.method=='none']))): return f"{first} {unfit}"
     if low>0: return f"{first} Use {chosen} on these images."
     if high<0: return f"{first} On the test images it is worse: use plain training."
-    remedy = "Use plain training, or give more time for more seeds."
-    return f"{first} Nothing is shown: the interval contains zero. {remedy}"
+    return f"{first} Nothing is shown: the interval contains zero. Use plain training. {other_ways(done)}".rstrip()
+
+def other_ways(
+    df:pd.DataFrame # finished runs, with model, size and pretrained
+)->str: # a sentence; empty for a data set by name, and if plain training is right on nine in ten images
+    "Name what else to try where networks are often wrong (ours)."
+    plain = df[df.method=='none']
+    if not len(plain) or not {'accuracy','size','pretrained'}<=set(plain): return ''
+    if plain.data.iloc[0] in DATA_NAMES or plain.accuracy.mean()>=.9: return ''
+    size,pretrained = plain['size'].iloc[0],bool(plain.pretrained.iloc[0])
+    ways = [f"larger images (--size {2*size:.0f})"]*bool(size==size and size and size<128)
+    ways += ["a pretrained network (--model timm:tf_efficientnet_lite0 --pretrained)"]*(not pretrained)
+    return f"Plain training is wrong on {100-100*plain.accuracy.mean():.0f} % of the test images: " \
+        f"try {', '.join([*ways, 'more images'])} first."

@@ -138,16 +138,19 @@ def verdict(
     ahead = (top['diff']>0)==what['higher_is_better']
     size = span(unit.factor*top['diff'], unit.factor*top['diff_low'], unit.factor*top['diff_high'], '+'+unit.digits,
         unit.difference)
-    lead = 'Best against' if ahead else 'No method is ahead; closest to'
-    best = f"{lead} {what['baseline']}: {top.name}, {size}."
+    best = f"{'Best' if ahead else 'Closest'}: {top.name}, {size}."
     tests = compared.p.notna().sum()
     if compared.pairs.max()<FEWEST:
         seeds = ['', 'One seed has', 'Two seeds have'][compared.pairs.max()]
-        return f"{seeds} no interval: run three or more to tell chance from effect. So far: {best}"
+        return f"{seeds} no interval, so nothing is shown: run three or more to tell chance from effect."
     if not tests: return f"{best} {SAME}"
+    if (compared.verdict==NO_DIFFERENCE).all():
+        for_any = f" for any of {tests} methods, corrected for all" if len(compared)>1 else ''
+        if 'tests' in table.attrs: for_any = f" for any method, corrected for {table.attrs['tests']} differences"
+        return f"No difference to {what['baseline']} is shown{for_any}. {best}{_power_words(compared)}"
+    best = f"{'Best' if ahead else 'No method is ahead; closest'} against {what['baseline']}: {top.name}, {size}."
     said = {word:compared.index[compared.verdict==word] for word in ('better','worse',NO_DIFFERENCE)}
     words = '; '.join(f"{word}: {', '.join(map(str, names))}" for word,names in said.items() if len(names))
-    if (compared.verdict==NO_DIFFERENCE).all() and len(compared)>1: words = f"{NO_DIFFERENCE} for any"
     asked = f"{table.attrs['tests']} differences in all settings" if 'tests' in table.attrs else f"{tests} methods"
     start = f"Corrected for {asked}, {words}" if tests>1 else words.capitalize()
     return f"{best} {start}.{_power_words(compared[compared.verdict==NO_DIFFERENCE])}"

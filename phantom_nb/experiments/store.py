@@ -134,7 +134,7 @@ def read_lines(
     text = _text(path)
     lines = {i:_read_row(line) for i,line in enumerate(text.splitlines(), 1) if line.strip()}
     rows = [row for row,wrong in lines.values() if not wrong]
-    if lines and not rows: raise ValueError(f"{path} holds no results: give a store's folder or a .jsonl file")
+    if lines and not rows: raise ValueError(f"{path} holds no results: give a folder of results or a .jsonl file")
     _warn([f"{path}, line {i}, {wrong}" for i,(_,wrong) in lines.items() if wrong])
     return rows
 
@@ -143,7 +143,7 @@ def load_results(
 )->pd.DataFrame: # one row a run: experiment, data, n_train, model, method, seed, accuracy, ...; empty if there is none
     "Load recorded runs, with a warning for spoilt rows; raise a `FileNotFoundError` if nothing is there (ours)."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path} does not exist: give a store's folder or a .jsonl file")
+    if not path.exists(): raise FileNotFoundError(f"{path} does not exist: give a folder of results or a .jsonl file")
     if path.is_file(): rows = read_lines(path)
     else:
         files = {file:_read_row(_text(file)) for file in sorted(path.rglob('[!.]*.json'))}

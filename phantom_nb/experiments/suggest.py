@@ -112,7 +112,8 @@ def suggest(
     "Say in words what helped in settings like yours, and what to try (ours)."
     table = table or load_table()
     near,effects = nearest_settings(mine, table, n),effects_near(mine, table, n)
-    lines = ["Nearest settings that were tried:"]
+    alike = any(table['settings'][name].get('pretrained', False)==mine.pretrained for name,_ in near)
+    lines = [*_caution(near, alike), "Nearest settings that were tried:"]
     lines += [f"  {name} ({table['settings'][name]['about']}), {far:.1f} steps away" for name,far in near]
     lines += [STEP, "", "Effect on test accuracy there, in points: mean (95 %); in each (* shown there); "
         "is it shown to help over all?"]
@@ -126,8 +127,7 @@ def suggest(
         lines.append(f"  and less: {', '.join(rest)}")
     if len(table['settings'])<3:
         lines.append("  (Fewer than three settings are recorded: what helps everywhere is not known yet.)")
-    alike = any(table['settings'][name].get('pretrained', False)==mine.pretrained for name,_ in near)
-    return '\n'.join([*lines, "", *_advice(effects), *_caution(near, alike)])
+    return '\n'.join([*lines, "", *_advice(effects)])
 
 def _advice(effects):
     "The sentences that recommend"
@@ -139,7 +139,7 @@ def _advice(effects):
         shown = [e for e in effects if e.shown]
         lines += [f"  Shown to help in {' and '.join(e.shown)}, corrected for all methods and settings: {e.method}, "
             f"{e.weight}. Not shown over all settings, so compare it on your images: phantom_nb compare --data FOLDER "
-            f"--methods none,{e.method}" for e in shown]
+            f"--methods {e.method}:{e.weight}" for e in shown]
         lines += [f"  Shown to harm in {' and '.join(e.harms)}: {e.method}." for e in effects if e.harms]
         felt = [e for e in effects if not e.shown and e.mean>3*e.error and min(e.singles)>=WORTH]
         if not felt: return lines
@@ -151,7 +151,7 @@ def _advice(effects):
     also = [e.method for e in good[1:] if best.mean-e.mean<WORTH and e.cost<=1.05*best.cost]
     if also: lines.append(f"  As good, to half a point: {', '.join(also)}.")
     if best.cost>1.2: lines.append(f"  It takes {best.cost:.1f} times as long as plain training.")
-    return [*lines, f"  Try it on your images: phantom_nb compare --data FOLDER --methods none,{best.method}"]
+    return [*lines, f"  Try it on your images: phantom_nb compare --data FOLDER --methods {best.method}:{best.weight}"]
 
 def _caution(near, alike):
     "A sentence where even the nearest setting is far, or where networks began in another way (`alike` is false)"

@@ -295,7 +295,6 @@ def _padded_energy_grad(ws, halves, form):
     f,df = _phi(g, form)
     mirrored = _phi(-g, form) if any(halves) else None
     if mirrored: f,df = f.addcmul_(frame.half, mirrored[0]),df.addcmul_(frame.half, mirrored[1], value=-1)
-    df.diagonal(dim1=-2, dim2=-1).zero_()
     at_zero = _phi(g.new_zeros(()), form)[0]
     total = (mask.mT@f@mask) - frame.n*(1+frame.half)*at_zero # the diagonal of g is zero
     rho,pull = (df*g).sum(-1, keepdim=True),0.
