@@ -13,6 +13,7 @@ __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', '
 
 # %% ../nbs/cli.ipynb #3b88872f
 import inspect, os, re, signal, sys, warnings
+from dataclasses import replace
 from errno import EDQUOT, ENOSPC
 from itertools import starmap
 from pathlib import Path
@@ -660,11 +661,11 @@ def suggest(classes:Classes=None, per_class:PerClass=None, data:Counted=None, pr
         check(_check_root, root)
         for name,value in dict(classes=classes, per_class=per_class).items():
             if value is None and data is None: check.refuse(f"--{name.replace('_', '-')}: give a number, such as 10")
-    counted = dict(imbalance=1.) if data is None else _counted(data, root)
-    given = dict(classes=classes, per_class=per_class, imbalance=imbalance)
-    told = counted | {name:value for name,value in given.items() if value is not None}
-    with Refusals() as check: setting = check(Setting, **told, pretrained=pretrained, wrong_labels=wrong_labels)
+        given = dict(classes=classes, per_class=per_class, imbalance=imbalance)
+        told = {name:{'imbalance':1.}.get(name, 2) if value is None else value for name,value in given.items()}
+        setting = check(Setting, **told, pretrained=pretrained, wrong_labels=wrong_labels)
     if data is not None:
+        setting = replace(setting, **{k:v for k,v in _counted(data, root).items() if given[k] is None})
         _say(Console(), f"{data}: {setting.classes} classes, {setting.per_class:g} training images each.")
     _wide_console().print(suggested(setting), highlight=False, markup=False, soft_wrap=True)
 

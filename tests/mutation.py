@@ -361,6 +361,7 @@ EQUIVALENT = { # changes that mean nothing: part of a module and function, of wh
     ('ranking _least_share', '1 in group.max() + 1'):"numbers pairs of groups as well",
     ('ranking _least_share', '1e-12'):"a slack for rounding, exactly met by chance alone",
     ('sparsity TargetedSparsity.sparsities', 'torch.is_grad_enabled()'):"a gradient that nobody asked for costs time alone",
+    ('stats answer', "share('level', level)"):"the interval refuses it, too",
     ('stats comparison', "share('level', level)"):"the interval refuses it, too",
     ('measures.sparsity perplexity', 'a.detach()'):"perplexity has no scale, so the gradient of the largest entry adds up to nothing",
     ('measures.sparsity sparsity', 'a.detach()'):"a comparison has no gradient",

@@ -100,3 +100,8 @@ def test_the_growth_is_the_mean_over_layers_of_how_far_each_is_from_its_length()
     assert growth(1, 1)==pytest.approx(0, abs=1e-6)
     assert growth(2, 8)==pytest.approx(growth(.5, 1/8))==pytest.approx(2*torch.tensor(2.).log().item(), rel=1e-5)
     assert growth(4, 0)==pytest.approx(torch.tensor(2.).log().item(), rel=1e-5)
+    cb.norms['0'] = torch.tensor(0.) # zeros that stay zeros: no logarithm either
+    cb.pairs['0'][0].weight.data.zero_()
+    cb.pairs['4'][0].weight.data = 4*first[4].weight.data
+    cb._project()
+    assert cb._growth.item()==pytest.approx(torch.tensor(2.).log().item(), rel=1e-5)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from phantom_nb import cli
 from phantom_nb.experiments import gpu
-from phantom_nb.experiments.plan import advise, detectable_words, divide_time, has_test_images, kept_plan, mean_and_interval
-from phantom_nb.experiments.plan import plan_comparison, seconds_for, validation_images
+from phantom_nb.experiments.plan import advise, comparison_runs, detectable_words, divide_time, has_test_images, kept_plan, mean_and_interval
+from phantom_nb.experiments.plan import other_ways, plan_comparison, seconds_for, validation_images
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.runner import load_results
 from phantom_nb.experiments.sweep import runs_of
@@ -42,6 +42,26 @@ def test_time_that_is_left_goes_into_training_first():
     for asked in ((5,20), (5,30), (5,40), (7,40), (10,40), (10,60), (10,80)): assert shape(*asked)==asked
     assert shape(20, 200)==(10,80)
     assert divide_time(1e5, **times, epochs=12).epochs==12 and divide_time(1e5, **times, seeds=4).seeds==4
+
+def test_a_method_may_bring_its_settings(capsys, monkeypatch, tmp_path):
+    "In a comparison with and without a budget; a method with two settings, and an unknown setting, are refused"
+    a,b = comparison_runs('digits', methods=['none','half_mhe:lam=3'], seeds=1)
+    assert a.method=='none' and (b.method, dict(b.settings)['lam'])==('half_mhe', 3.) and type(dict(b.settings)['lam']) is float
+    runs,fit = plan_comparison(Run(), 6000, ['none','half_mhe:lam=3'], 3, 2, device='cpu', jobs=1)
+    assert fit.methods==('none','half_mhe:lam=3') and {run.method:dict(run.settings).get('lam') for run in runs}=={'none':None, 'half_mhe':3.}
+    found = pd.DataFrame(rows('none', [.70,.72,.71], [.69,.70,.70])+rows('half_mhe', [.74,.75,.76], [.73,.74,.745]))
+    assert 'Use half_mhe' in advise(found, methods=fit.methods, seeds=3)
+    for wrong,said in (('half_mhe:lam=1,half_mhe:lam=3', 'half_mhe is there twice'), ('half_mhe:lamb=3', "did you mean 'lam'"), ('half_mhe:3', 'write a setting like half_mhe:lam=3')):
+        with pytest.raises(ValueError, match=re.escape(said)): comparison_runs('digits', methods=wrong.split(','))
+        with pytest.raises(SystemExit): cli.main(['compare','--methods',wrong])
+        assert said in capsys.readouterr().err.replace('\n', ' ')
+
+def test_what_else_to_try_is_named_where_networks_are_often_wrong():
+    plain = pd.DataFrame(rows('none', [.5]*3, [.5]*3)).assign(data='./photos', size=64, pretrained=False)
+    said = other_ways(plain)
+    assert '50 % of the test images' in said and '--size 128' in said and '--pretrained' in said
+    assert '--size' not in other_ways(plain.assign(size=128)) and 'timm' not in other_ways(plain.assign(pretrained=True))
+    assert other_ways(plain.assign(accuracy=.95))==other_ways(plain.assign(data='digits'))==other_ways(plain[['method','accuracy']])==''
 
 def test_nothing_is_recommended_before_plain_training_fits():
     found = pd.DataFrame(rows('none', [.70,.72,.71], [.69,.70,.70])+rows('mixup', [.74,.75,.76], [.73,.74,.745]))
@@ -192,7 +212,7 @@ def test_the_training_part_of_a_data_set_is_told(few, capsys):
 
 def test_plain_training_is_added_and_progress_names_the_method(few, capsys):
     code,out,_ = compare(capsys, '--data', few(4), '--methods', 'mixup', '--seeds', '1')
-    assert 'Plain training (none) is added' in out and '[2/2] mixup seed 0' in out and 'closest to none: mixup' in out or 'Best against none: mixup' in out
+    assert 'Plain training (none) is added' in out and '[2/2] mixup seed 0' in out and 'One seed has no interval' in out and 'mixup alpha=0.4' in out
 
 def test_the_answer_shows_its_validation_numbers_and_the_time_that_was_understood(photos, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -41,12 +41,15 @@ def test_verdict_in_words():
     assert one=='Best against none: up, +5.0 points [+3.7, +6.3]. Better: up.'
     loss = verdict(comparison(frame({k:RUNS[k] for k in ('none','down')})))
     assert loss=='No method is ahead; closest to none: down, -5.0 points [-6.3, -3.7]. Worse: down.'
-    assert 'no difference shown for any' in verdict(comparison(null_frame(np.random.default_rng(3))))
+    none = verdict(comparison(null_frame(np.random.default_rng(3))))
+    assert re.match(r'No difference to none is shown for any of \d methods, corrected for all\. (Best|Closest): ', none) and 'could have shown' in none
+    alone = verdict(comparison(frame({k:RUNS[k] for k in ('none','noisy')})))
+    assert re.match(r'No difference to none is shown\. (Best|Closest): noisy, ', alone)
 
 def test_words_for_too_few_seeds_and_no_pairs():
     for n,words in ((1,'One seed has'), (2,'Two seeds have')):
         text = verdict(comparison(frame(dict(none=[.5,.6][:n], up=[.9,1.][:n]))))
-        assert text==f'{words} no interval: run three or more to tell chance from effect. So far: Best against none: up, +40.0 points.'
+        assert text==f'{words} no interval, so nothing is shown: run three or more to tell chance from effect.'
     assert 'is the same for all seeds' in verdict(comparison(frame(dict(none=LUCK, same=LUCK, plus=LUCK+.1))))
     assert verdict(comparison(frame(dict(mhe=[.5,.6]))))=='Nothing can be compared with none: no run of it is here.'
     assert verdict(comparison(frame(dict(none=[.5,.6]))))=='There are only runs of none: nothing is compared.'
@@ -73,7 +76,7 @@ def test_words_for_a_loss_and_for_runs_left_out():
 
 def test_words_for_many_comparisons(many):
     t = comparisons(many)
-    assert verdict(t).count('\n')==5 and verdict(t).startswith('digits, 50: Best against none: ')
+    assert verdict(t).count('\n')==5 and verdict(t).startswith('digits, 50: No difference to none is shown for any')
     many['n_train'] = many.n_train.where(many.n_train!=1000)
     lines = verdict(comparisons(many)).splitlines()
     assert len(lines)==6 and lines[0].startswith('digits, 50:') and lines[2].startswith('digits, nan:')

@@ -58,13 +58,14 @@ def test_what_a_setting_shows_by_itself_is_said(table):
     methods = dict(targeted_sparsity=helped, phantom_margin=harmed)
     said = suggest(Setting(10, 20), table|dict(methods=methods))
     assert '+3.5*' in said and '-1.5*' in said and 'by chance' not in said and 'Recommended: plain' in said
-    assert "Shown to help in a, corrected" in said and '--methods none,targeted_sparsity' in said and 'Shown to harm in b: phantom_margin' in said
+    assert "Shown to help in a, corrected" in said and '--methods targeted_sparsity:lam=3' in said and 'Shown to harm in b: phantom_margin' in said
     assert 'Shown to' not in suggest(Setting(10, 9_000), table|dict(methods=methods), n=1) # neither is near
 
 def test_the_steps_are_explained(table): assert all(word in suggest(Setting(10, 20), table) for word in ('pretrained or not','wrong labels','imbalance'))
 
 def test_far_away_is_said(table):
     assert 'Take care' not in suggest(Setting(10, 20), table)
+    assert suggest(Setting(10, 20, pretrained=True), table).startswith('Take care')
     assert 'Take care: the nearest setting is 10.' in suggest(Setting(10, 20, wrong_labels=.9, imbalance=30), table)
 
 def test_the_table_that_comes_with_the_package():
@@ -83,3 +84,14 @@ def test_the_command():
     from phantom_nb.cli import app
     found = CliRunner().invoke(app, ['suggest','--classes','31','--per-class','10','--pretrained'])
     assert found.exit_code==0 and 'Recommended: ' in found.output
+
+def test_the_command_counts_a_folder(tmp_path):
+    from PIL import Image
+    from typer.testing import CliRunner
+    from phantom_nb.cli import app
+    for name,n in dict(a=4, b=8).items():
+        (tmp_path/'photos'/'train'/name).mkdir(parents=True)
+        for i in range(n): Image.new('RGB', (8, 8), (i, 0, 0)).save(tmp_path/'photos'/'train'/name/f'{i}.png')
+    found = CliRunner().invoke(app, ['suggest','--data',str(tmp_path/'photos')])
+    assert found.exit_code==0, found.output
+    assert '2 classes' in found.output and 'Nearest settings' in found.output

@@ -148,7 +148,7 @@ def verdict(
         for_any = f" for any of {tests} methods, corrected for all" if len(compared)>1 else ''
         if 'tests' in table.attrs: for_any = f" for any method, corrected for {table.attrs['tests']} differences"
         return f"No difference to {what['baseline']} is shown{for_any}. {best}{_power_words(compared)}"
-    best = f"{'Best' if ahead else 'No method is ahead; closest'} against {what['baseline']}: {top.name}, {size}."
+    best = f"{'Best against' if ahead else 'No method is ahead; closest to'} {what['baseline']}: {top.name}, {size}."
     said = {word:compared.index[compared.verdict==word] for word in ('better','worse',NO_DIFFERENCE)}
     words = '; '.join(f"{word}: {', '.join(map(str, names))}" for word,names in said.items() if len(names))
     asked = f"{table.attrs['tests']} differences in all settings" if 'tests' in table.attrs else f"{tests} methods"
