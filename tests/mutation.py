@@ -30,8 +30,10 @@ TESTS = { # test files of a module
     'measures.embeddings':'embeddings numbers', 'measures.sparsity':'sparsity numbers',
     'measures.sharpness':'sharpness numbers',
     'measures.ranking':'ranking', 'measures.capture':'capture', 'measures.intraclass':'intraclass',
-    'measures.sparsity_monitor':'sparsity', 'experiments.stats':'stats', 'core':'core training plain', 'hooks':'hooks capture', 'kinds':'flatness semantic norms',
-    'contract':'core'}
+    'measures.sparsity_monitor':'sparsity', 'experiments.stats':'stats', 'core':'core training plain',
+    'hooks':'hooks capture', 'kinds':'flatness semantic norms', 'contract':'core', 'floats':'numbers', 'plain':'plain',
+    'data.augment':'data folders', 'data.subsets':'data folders', 'experiments.effects':'atlas',
+    'experiments.optimizer':'optimizer', 'experiments.quantities':'quantities', 'experiments.suggest':'suggest'}
 # what these draw is judged by eye
 PICTURES = ('plot', 'heat_map', 'loss_curves', 'redraw', '_report_figure', '_axis_label')
 
@@ -485,6 +487,8 @@ def main(args):
         for row in read_rows().values():
             if row['survivors'] and (not names or row['module'] in names): write_row(again(row))
         return
-    for name in names or TESTS: write_row(all_kinds(read_rows()[name]) if '--kinds' in args else score(name, per, 0))
+    for name in names or TESTS:
+        new = dict(module=name, per=0, seed=0, tried=0, killed=0, survivors=[], seconds=0)
+        write_row(all_kinds(read_rows().get(name, new)) if '--kinds' in args else score(name, per, 0))
 
 if __name__=='__main__': main(sys.argv[1:])
