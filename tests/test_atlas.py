@@ -3,7 +3,7 @@ from dataclasses import asdict, replace
 
 import numpy as np, pandas as pd, pytest
 from scipy.optimize import brentq
-from scipy.stats import ttest_1samp
+from scipy.stats import t as student, ttest_1samp
 
 from phantom_nb.experiments.atlas import (chosen_values, load_atlas, pair_gains, planned_weights, same_trainings, seed_differences,
     setting_claims, suggestion_table)
@@ -123,3 +123,18 @@ def test_trainings_of_other_sweeps_count(tmp_path):
     write_rows(pd.DataFrame(rows), tmp_path/'rows.jsonl')
     found = same_trainings(load_results(tmp_path/'rows.jsonl'), SPEC)
     assert found.key.tolist()==['0'] and found.experiment.tolist()==[wanted.experiment]
+
+@pytest.mark.parametrize('level', [.9, .95])
+def test_intervals_over_settings_by_hand(level):
+    "Equal variances: Student's interval of the effects themselves; a new setting lies within tau and the error of the mean"
+    y,k = np.array([2., 0, 1, 3, -1]),5
+    found = random_effects(y, np.full(k, .5), level)
+    assert (found['low'], found['high'])==pytest.approx(student.interval(level, k-1, y.mean(), y.std(ddof=1)/k**.5), rel=1e-3)
+    reach = student.ppf((1+level)/2, k-2)*(y.var(ddof=1)-.5+y.var(ddof=1)/k)**.5
+    assert (found['new_low'], found['new_high'])==pytest.approx((y.mean()-reach, y.mean()+reach), rel=1e-3)
+    with pytest.raises(ValueError, match='level=2'): random_effects(y, np.full(k, .5), 2)
+
+def test_pooled_effects_keep_the_order_and_need_a_free_seed():
+    d = pd.DataFrame(dict(setting=['z','z','a'], method='m', seed=[0,1,0], diff=[1.,3.,5.]))
+    table = pooled_effects(d)
+    assert table.setting.tolist()==['z','a'] and table.variance[0]==1. and np.isnan(table.variance[1])

@@ -5,6 +5,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from phantom_nb.floats import length, unit, wide
 from phantom_nb.experiments.quantities import calibration_error
 from phantom_nb.measures import clustering
 from phantom_nb.measures.clustering import (cosine_distance_std, distance_spread_ratio, silhouette_cosine, subclass_selectivity,
@@ -347,3 +348,22 @@ def test_measures_multiply_in_full_float32(monkeypatch):
         silhouette_cosine(randn(9, 4), classes(9)), cosine_distance_std(randn(9, 4))
         assert seen==['ieee','ieee'] and torch.get_float32_matmul_precision()=='medium'
     finally: torch.set_float32_matmul_precision(allowed)
+
+def test_directions_have_length_one():
+    "Also one a hundred-millionth as long in float64; a zero vector stays zero, without gradient"
+    x = torch.tensor([[1.,0.],[3e-8,4e-8],[0.,0.]], dtype=torch.float64, requires_grad=True)
+    out = unit(x)
+    assert torch.allclose(out, torch.tensor([[1.,0.],[.6,.8],[0.,0.]], dtype=torch.float64), atol=1e-7)
+    out.sum().backward()
+    assert x.grad[1].abs().max()>1 and not x.grad[2].any()
+    assert torch.equal(unit(torch.tensor([[1.,0.]])), torch.tensor([[1.,0.]]))
+
+def test_a_gradient_in_float16_stops_at_its_largest_number():
+    x = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    (wide(x)*torch.tensor([1e6,-1e6])).sum().backward()
+    assert x.grad.tolist()==[65504.,-65504.]
+
+@pytest.mark.parametrize('dtype,out', [(torch.float16,torch.float32), (torch.float32,torch.float32), (torch.float64,torch.float64)])
+def test_a_length_has_no_gradient(dtype, out):
+    found = length(torch.tensor([3.,4.], dtype=dtype, requires_grad=True))
+    assert found==5 and found.dtype==out and not found.requires_grad

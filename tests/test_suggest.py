@@ -95,3 +95,16 @@ def test_the_command_counts_a_folder(tmp_path):
     found = CliRunner().invoke(app, ['suggest','--data',str(tmp_path/'photos')])
     assert found.exit_code==0, found.output
     assert '2 classes' in found.output and 'Nearest settings' in found.output
+
+def test_the_lines_where_the_rule_turns(table):
+    "Two standard errors, two steps; five methods have lines of their own"
+    def effect(mean, error): return {m:dict(helps='yes', cost=1., effects=_effects(mean, mean, error)) for m in ('mixup',)}
+    assert 'Recommended: mixup' in suggest(Setting(10, 20), table|dict(methods=effect(1., .6)))
+    assert 'Recommended: plain' in suggest(Setting(10, 20), table|dict(methods=effect(1., .8)))
+    far = suggest(Setting(10, 400_000), table)
+    assert far.startswith('Take care: the nearest setting is 5.3 steps away, so') and 'began' not in far
+    assert suggest(Setting(10, 56_000), table).startswith('Take care') and not suggest(Setting(10, 38_000), table).startswith('Take care')
+    names = ['mixup','sam','isda','srip','cutmix','dropout','weight_decay']
+    many = {m:dict(helps='unclear', cost=1., effects=_effects(9.-i, 9.-i)) for i,m in enumerate(names)}
+    said = suggest(Setting(10, 20), table|dict(methods=many))
+    assert sum(line.strip().split()[0] in names for line in said.splitlines() if line.startswith('  '))==5 and 'and less: dropout +4.0, weight_decay +3.0' in said
