@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from phantom_nb.data import loaders, readers
+from phantom_nb.data import loaders, long_tail, noisy_labels, readers
 from phantom_nb.data import (Augment, DATASETS, ImageData, ImageDL, ImageLoaders, ImageSet, available, balanced_subset,
     channel_stats, get_dls, load_dataset, read_idx, split_pool)
 
@@ -792,3 +792,11 @@ def test_batches_made_together_are_those_made_one_by_one(digits, drop_last, monk
     one,three,all_ = (batches(block) for block in (1, 3*8*64, 10**6))
     assert len(one) == 8 and all(same(a, b) and same(a, c) for a,b,c in zip(one, three, all_))
     assert [len(y) for _,y in one] == [len(y) for _,y in three] == [8]*7 + [8 if drop_last else 9]
+
+def test_wrong_labels_are_those_that_recorded_runs_had():
+    assert noisy_labels(torch.arange(20)%4, .5, 4, 3).tolist()==[1,3,0,1,0,1,0,3,0,1,2,1,2,1,0,1,0,1,3,1]
+
+def test_no_class_is_lost_in_a_long_tail():
+    y = torch.arange(40)%4
+    kept = y[long_tail(y, 1000.)]
+    assert kept.bincount().tolist()==[10,1,1,1]

@@ -8,7 +8,9 @@ import numpy as np, pytest, torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
+from fasttransform import Transform
 from fastai.vision.augment import Brightness, Flip, RandomErasing, Rotate
+from fastai.torch_core import TensorImage, TensorImageBW
 import fastai.callback.schedule # chkstyle: ignore
 from hypothesis import given, settings, strategies as st
 from PIL import Image
@@ -395,3 +397,20 @@ def test_photos_that_results_name_are_found_where_data_sets_lie(tmp_path, monkey
     assert get_dls('trashnet', size=16, n_valid=0, device='cpu').c == 2
     monkeypatch.delenv('PHANTOM_NB_DATA')
     with pytest.raises(FileNotFoundError, match="Thung and Yang"): load_dataset('trashnet')
+
+def test_fastais_transforms_act_on_what_they_are_for():
+    "Applied in training; grey images are grey to them; the recipes differ in light and turns, none zooms beyond the cut"
+    seen = []
+    class Spy(Transform):
+        def encodes(self, x:TensorImage):
+            seen.append(type(x))
+            return x
+    x = torch.rand(4, 1, 32, 32)
+    assert BatchTransforms([Flip(p=1.)])(x, 0).allclose(x.flip(3), atol=1e-5)
+    for channels in (1, 3): BatchTransforms([Spy()])(torch.rand(2, channels, 8, 8), 0)
+    assert seen==[TensorImageBW, TensorImage]
+    resized,full = [make_augment(name, (3,128,128)) for name in ('resized','full')]
+    assert 'Brightness' in repr(full) and 'Brightness' not in repr(resized)
+    def turns(augment): return [f for t in augment.transforms.fs for f in getattr(t, 'aff_fs', [])]
+    # fastai joins them in one step: cut, flip, turn; a zoom would be one more
+    assert (len(turns(resized)), len(turns(full)))==(2, 3)

@@ -233,3 +233,62 @@ def test_hugging_face_trainer(batch, tmp_path):
 @pytest.mark.parametrize('given,what', [([MHE(.1)], 'give them one by one'), (MHE, 'MHE is a class: give MHE(...)')], ids=str)
 def test_regularizers_come_one_by_one(given, what):
     with pytest.raises(ValueError, match=re.escape(what)): attach(nn.Linear(2, 2), given)
+
+class Reads(Regularizer):
+    "What a regularizer of one's own may read of the batch"
+    def penalty(self):
+        self.read = self.learn.xb,self.learn.y
+        return self.learn.pred.square().mean()
+
+def test_a_regularizer_reads_inputs_and_labels_and_outputs(batch):
+    "Also of a network that is called by name and returns its logits among others, with their gradient"
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+        def forward(self, images): return dict(hidden=images, logits=self.body(images))
+    (x,y),model,reg = batch,Named(),Reads(1.)
+    with attach(model, reg) as penalty:
+        model(images=x)
+        penalty(y).backward()
+    assert reg.read[0][0] is x and reg.read[1] is y and model.body[-1].weight.grad.abs().sum()>0
+    with attach(model, reg) as penalty:
+        with pytest.raises(ValueError, match='no forward pass with gradient came before'): penalty(y)
+    class Odd(nn.Module):
+        def forward(self, x): return 'nothing'
+    with attach(nn.Sequential(network(), Odd()), Reads(1.)) as penalty:
+        penalty._loop.answer = 'nothing'
+        with pytest.raises(ValueError, match='returned a str without logits'): penalty(y)
+
+def test_a_schedule_ends_with_training_and_goes_on_after_a_pause(batch):
+    "More steps than were told leave the weight at its end; a loaded state knows how far it was"
+    (x,y),model = batch,network()
+    def weights(steps, state=None):
+        reg = L2Penalty(SchedLin(0., 1.))
+        with attach(model, reg, total=4) as penalty:
+            if state: penalty.load_state_dict(state)
+            for _ in range(steps):
+                model(x)
+                penalty(y)
+            return [round(row[2], 4) for row in reg.records],penalty.state_dict()
+    first,state = weights(6)
+    assert state['step']==6
+    _,half = weights(2)
+    again,_ = weights(4, half)
+    assert first[-2:]==[1.,1.] and again==first[2:6], (first, again)
+    assert attach(model, L2Penalty(1.)).state_dict()['step']==0
+    with pytest.raises(ValueError, match='total=0'): attach(model, L2Penalty(1.), total=0)
+    attach(model, L2Penalty(1.), total=1)
+
+def test_forward_passes_that_no_penalty_follows_leave_nothing(batch):
+    (x,y),model = batch,network()
+    before = n_hooks(model)
+    with attach(model, TargetedSparsity(1., layers='all')) as penalty:
+        model(x) # the first pass finds the layers
+        model(x)
+        hooks = n_hooks(model)
+        model(x)
+        assert n_hooks(model)==hooks>before
+        penalty(y)
+        model(x)
+    assert n_hooks(model)==before
