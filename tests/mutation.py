@@ -374,6 +374,7 @@ EQUIVALENT = { # changes that mean nothing: part of a module and function, of wh
     ('plain _Loop.__init__', '500 in total'):"one rhythm of probes is as good as another",
     ('quantities add_noise', 'x + sd * noise'):"noise has no sign",
     ('quantities calibration_error', '.long'):"numbers that fit either type",
+    ('quantities relative_energies', '.detach()'):"nothing there has a gradient",
     ('quantities layer_weights', '.detach()'):"nothing there has a gradient",
     ('quantities weight_norm', '.detach()'):"a number alone is read",
     ('quantities _Sparsity.see', 'a.detach()'):"nothing there has a gradient",

@@ -90,8 +90,9 @@ def test_noise_has_its_size():
     assert add_noise(torch.zeros(4, 1, 64, 64), .2).std().item()==pytest.approx(.2, rel=.02)
 
 def test_a_wide_blur_reaches_as_far_as_the_image_allows():
-    x = torch.rand(2, 3, 8, 12)
-    assert blur(x, .5).allclose(gaussian_blur(x, [7,7], [6.,6.])) and blur(x, .1).allclose(gaussian_blur(x, [7,7], [1.2,1.2]))
+    x = torch.rand(2, 3, 9, 12)
+    assert blur(x, .5).allclose(gaussian_blur(x, [9,9], [6.,6.])) and blur(x, .1).allclose(gaussian_blur(x, [9,9], [1.2,1.2]))
+    assert blur(x[:,:,:8], .5).allclose(gaussian_blur(x[:,:,:8], [7,7], [6.,6.]))
 
 def test_a_network_that_is_quite_sure_has_a_bin():
     logits = torch.tensor([[500.,0.],[500.,0.],[0.,500.],[500.,0.]])
@@ -155,3 +156,8 @@ def test_a_network_is_looked_at_on_so_many_images():
     found = network_quantities(model, batches, n=20)
     assert sum(seen)==20 and found['net_layers']['sparsity']==[float(f'{v:.4g}') for v in activation_quantities(model, [(torch.cat([x for x,_ in batches])[:20],
         torch.cat([y for _,y in batches])[:20])])[1]['sparsity']]
+
+def test_a_random_level_needs_a_pair_and_four_dimensions():
+    assert random_energy(2, 4)==1. # (d-2)/(2d-6)
+    for n,d in ((1, 8), (4, 3)):
+        with pytest.raises(ValueError): random_energy(n, d)
