@@ -371,6 +371,7 @@ EQUIVALENT = { # changes that mean nothing: part of a module and function, of wh
     ('optimizer _entries', 'torch.float32'):"a count that fits either type",
     ('subsets split_pool', '0 in max(0'):"less than one image a class is none",
     ('subsets long_tail', 'torch.float64'):"six decimals are right with either",
+    ('plain attach._before', 'reg.close()'):"what opens closes first",
     ('plain _Loop.__init__', '500 in total'):"one rhythm of probes is as good as another",
     ('quantities add_noise', 'x + sd * noise'):"noise has no sign",
     ('quantities calibration_error', '.long'):"numbers that fit either type",

@@ -276,6 +276,7 @@ def test_a_schedule_ends_with_training_and_goes_on_after_a_pause(batch):
     _,half = weights(2)
     again,_ = weights(4, half)
     assert first[-2:]==[1.,1.] and again==first[2:6], (first, again)
+    assert weights(1, state)[0]==[1.] # further than it was told
     assert attach(model, L2Penalty(1.)).state_dict()['step']==0
     with pytest.raises(ValueError, match='total=0'): attach(model, L2Penalty(1.), total=0)
     attach(model, L2Penalty(1.), total=1)
