@@ -271,8 +271,8 @@ def detectable_words(
     size = 100*smallest_detectable(seeds, paired_sd(n_test), 1-.05/n_methods)
     if size>100: return f"{counted(seeds, 'seed')} and {counted(n_test, 'test image')} can show no difference at all."
     points = f"{size:.1f}" if size<10 else f"{size:.0f}"
-    return f"{counted(seeds, 'seed')} can show differences of about {points} points (larger ones alone where networks " \
-        "are often wrong)."
+    return f"{counted(seeds, 'seed')} can show differences of about {points} points (larger ones alone where " \
+        "networks are often wrong)."
 
 # %% ../../nbs/experiments/plan.ipynb #0904b689
 def mean_and_interval(
