@@ -109,7 +109,7 @@ class PredictorMonitor(TrainingCallback):
 
     def __init__(self,
         n:int=1000, # images of the sample, >= 2 (all, if fewer)
-        n_dear:int=500, # images for the candidates that cost many passes
+        n_dear:int=250, # images for the candidates that cost many passes
         epochs:tuple=EPOCHS # after which epochs, each >= 1
     ):
         self.n = n
@@ -147,10 +147,14 @@ class PredictorMonitor(TrainingCallback):
         return found | {f'valid_{name}':_rounded(value) for name,value in valid.items()}
 
     def final(self,
+        bf16:bool=False, # the dear ones in bfloat16, as the network was trained?
         **kwargs # options of `sharpness`
     )->dict: # as `cheap` and `dear_predictors`
         "Measure everything, after training."
-        return self._timed(lambda: self.cheap() | dear_predictors(self.model, *self.few, **kwargs))
+        def dear():
+            with torch.autocast(self.dls.device.type, torch.bfloat16, enabled=bf16):
+                return dear_predictors(self.model, *self.few, **kwargs)
+        return self._timed(lambda: self.cheap() | dear())
 
 def fit_measured(
     learn:Learner, # as `make_learner` gives
@@ -162,6 +166,6 @@ def fit_measured(
     learn.fit(run.epochs, cbs=monitor)
     learn.add_cb(monitor) # `fit` takes it away
     trained = time.perf_counter()-monitor.seconds-began
-    final = monitor.final()
+    final = monitor.final(bf16=run.precision=='bf16')
     learn.remove_cb(monitor)
     return dict(points=monitor.points, final=final, measuring=round(monitor.seconds, 2), training=round(trained, 2))
