@@ -65,3 +65,20 @@ def test_ascent_by_signs_is_no_weaker_and_training_mode_leaves_no_trace():
     values = [sharpness(learn.model, batches, worst=True, steps=10, signs=True, train_mode=True) for _ in range(2)]
     assert values[0]==values[1]>0 and torch.equal(chance, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+
+def test_sharpness_in_the_precision_of_training():
+    run = Run(data='digits', n_train=100, epochs=20, bs=20, coarse=True, precision='bf16')
+    learn,seen = make_learner(run, device='cpu'),[]
+    learn.fit(run.epochs)
+    monitor = PredictorMonitor()
+    learn.add_cb(monitor)
+    monitor.before_fit()
+    exact = monitor.final(draws=2)
+    learn.model.register_forward_hook(lambda module, x, out: seen.append(out.dtype))
+    short = monitor.final(bf16=True, draws=2)
+    assert seen[0]==seen[-1]==torch.float32 and torch.bfloat16 in seen # the cheap measures, then sharpness, then c0
+    for name in ('sigma1','sigma2'): assert short[name]==pytest.approx(exact[name], rel=.1) and short[name]>0
+    assert {name:value for name,value in short.items() if name[:5] not in ('sigma','alpha')}=={name:value for name,value in exact.items() if name[:5] not in ('sigma','alpha')}
+    seen.clear()
+    row = train_run(run, device='cpu', trace='measures')
+    assert row['trace']['final']['sigma2']==pytest.approx(exact['sigma2'], rel=.3)

@@ -20,6 +20,7 @@ from .learner import evaluate
 from .quantities import capture_with_sparsity, relative_energies
 from .run import Run
 from ..hooks import evaluating
+from ..measures.capture import device_of
 from ..measures.clustering import interpolation_drop, layer_values, pool_layers
 from ..measures.embeddings import interclass_similarity, watch_head
 from ..measures.intraclass import sample_batches
@@ -87,11 +88,13 @@ def dear_predictors(
     model:nn.Module, # network
     batches:list, # (images, labels), a sample of the training data
     subclass:Tensor|None=None, # (N,) classes, if the labels are superclasses; without them no c0
+    bf16:bool=False, # sharpness in bfloat16, as the network was trained?
     **kwargs # options of `sharpness`
 )->dict: # 'c0', 'sigma1', 'sigma2', 'alpha1', 'alpha2' -> number or None
     "Measure the candidates that cost many passes (Carbonnelle 2021; sources above)."
-    found = {name:_or_none(lambda given: sharpness(model, batches, **given, **kwargs), options)
-        for name,options in SHARPNESS.items()}
+    with torch.autocast(device_of(model).type, torch.bfloat16, enabled=bf16):
+        found = {name:_or_none(lambda given: sharpness(model, batches, **given, **kwargs), options)
+            for name,options in SHARPNESS.items()}
     if subclass is not None:
         x,y = [torch.cat(parts) for parts in zip(*batches)]
         with evaluating(model) as network:
@@ -147,14 +150,10 @@ class PredictorMonitor(TrainingCallback):
         return found | {f'valid_{name}':_rounded(value) for name,value in valid.items()}
 
     def final(self,
-        bf16:bool=False, # the dear ones in bfloat16, as the network was trained?
-        **kwargs # options of `sharpness`
+        **kwargs # options of `dear_predictors`
     )->dict: # as `cheap` and `dear_predictors`
         "Measure everything, after training."
-        def dear():
-            with torch.autocast(self.dls.device.type, torch.bfloat16, enabled=bf16):
-                return dear_predictors(self.model, *self.few, **kwargs)
-        return self._timed(lambda: self.cheap() | dear())
+        return self._timed(lambda: self.cheap() | dear_predictors(self.model, *self.few, **kwargs))
 
 def fit_measured(
     learn:Learner, # as `make_learner` gives
