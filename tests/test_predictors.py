@@ -1,8 +1,10 @@
 "What may predict generalization, measured on one network: nothing of the training changes, and every number is the one of its own page"
 import json
+from dataclasses import replace
 
 import pytest, torch
 
+from phantom_nb.experiments import predictors
 from phantom_nb.experiments.learner import make_learner
 from phantom_nb.experiments.predictors import PredictorMonitor, cheap_predictors, clustering_predictors
 from phantom_nb.experiments.predictors import dear_predictors, weights_of
@@ -79,6 +81,9 @@ def test_sharpness_in_the_precision_of_training():
     assert seen[0]==seen[-1]==torch.float32 and torch.bfloat16 in seen # the cheap measures, then sharpness, then c0
     for name in ('sigma1','sigma2'): assert short[name]==pytest.approx(exact[name], rel=.1) and short[name]>0
     assert {name:value for name,value in short.items() if name[:5] not in ('sigma','alpha')}=={name:value for name,value in exact.items() if name[:5] not in ('sigma','alpha')}
-    seen.clear()
-    row = train_run(run, device='cpu', trace='measures')
-    assert row['trace']['final']['sigma2']==pytest.approx(exact['sigma2'], rel=.3)
+
+@pytest.mark.parametrize('precision', ['float32','bf16'])
+def test_a_run_is_measured_as_it_was_trained(precision, monkeypatch):
+    monkeypatch.setattr(predictors, 'dear_predictors', lambda *args, **options: options)
+    row = train_run(replace(RUN, epochs=1, precision=precision), device='cpu', trace='measures')
+    assert row['trace']['final']['bf16']==(precision=='bf16')
