@@ -1,5 +1,5 @@
 "Runs that are stopped, killed, shared and spread: nothing is lost, and the numbers are those of an undisturbed run"
-import json, os, shutil, signal, subprocess, sys, threading, time, warnings
+import json, os, platform, resource, shutil, signal, subprocess, sys, threading, time, warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -232,6 +232,18 @@ def test_workers_do_not_repeat_what_the_data_lack(capfd):
     assert sorted(spread(lacking, [1,2], jobs=2))==[1,2]
     told = capfd.readouterr().err
     assert 'no test image' not in told and 'another word' in told
+
+def faults(item, device, threads):
+    "Page faults of a worker when it takes 128 MB in tensors of 16 MB again that it has just freed"
+    def take(): return [torch.ones(4_000_000) for _ in range(8)]
+    take(), take()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    take()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt-before
+
+@pytest.mark.skipif(platform.libc_ver()[0]!='glibc', reason="another C library")
+def test_workers_keep_freed_memory():
+    assert max(spread(faults, [1,2], jobs=2))<1_000 # of 31,000 pages
 
 @pytest.mark.skipif(not shutil.which('g++'), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize('method', ['none','half_mhe'])

@@ -6,7 +6,7 @@
 __all__ = ['ENGINES', 'RUNS_PER_GPU', 'local_engine', 'ray_engine', 'share_out', 'spread']
 
 # %% ../../nbs/experiments/engines.ipynb #38ae5f93
-import logging, os, signal, threading, time, warnings
+import ctypes, logging, os, platform, signal, threading, time, warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import lru_cache
@@ -25,7 +25,16 @@ RUNS_PER_GPU = 4
 def _call(work, item, where): return work(item, **where)
 def _call_numbered(i, work, item, where):
     _end_with_parent()
+    _keep_freed_memory()
     return i,work(item, **where)
+
+@lru_cache
+def _keep_freed_memory():
+    "Let the C library of this worker keep up to 2 GB of freed memory for its next tensors"
+    if platform.libc_ver()[0]!='glibc': return
+    mallopt = ctypes.CDLL(None).mallopt
+    options = {-1:2**31-1, -2:2**28, -3:2**25} # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD in bytes
+    for option,n_bytes in options.items(): mallopt(option, n_bytes)
 
 @lru_cache
 def _end_with_parent():
