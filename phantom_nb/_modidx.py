@@ -817,6 +817,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'phantom_nb/experiments/engines.py'),
                                                 'phantom_nb.experiments.engines._interrupts': ( 'experiments/engines.html#_interrupts',
                                                                                                 'phantom_nb/experiments/engines.py'),
+                                                'phantom_nb.experiments.engines._keep_freed_memory': ( 'experiments/engines.html#_keep_freed_memory',
+                                                                                                       'phantom_nb/experiments/engines.py'),
                                                 'phantom_nb.experiments.engines._kill_workers': ( 'experiments/engines.html#_kill_workers',
                                                                                                   'phantom_nb/experiments/engines.py'),
                                                 'phantom_nb.experiments.engines._one_interrupt': ( 'experiments/engines.html#_one_interrupt',
