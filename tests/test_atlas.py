@@ -90,7 +90,8 @@ def recorded(tmp_path):
                 run = Run(experiment=name, method=method, settings=settings, seed=seed, lr=lr)
                 accuracy = .5+gain+.001*seed
                 rows.append(dict(experiment=name, data='digits', n_train=200, model='small_cnn', method=method, settings=settings, seed=seed, lr=lr,
-                    key=run.key, status='done', accuracy=accuracy, valid_accuracy=accuracy))
+                    key=run.key, status='done', accuracy=accuracy, valid_accuracy=accuracy,
+                    device='cpu (x86_64)'))
     write_rows(pd.DataFrame(rows), tmp_path/'rows.jsonl')
     return load_atlas(tmp_path/'rows.jsonl', SPEC)
 
@@ -98,6 +99,16 @@ def test_only_the_plan_is_judged(recorded):
     found = seed_differences(recorded)
     assert found.groupby('method')['diff'].mean().to_dict()==pytest.approx(dict(isda=.01, mixup=.02))
     assert len(found)==18
+
+def test_a_seed_pairs_on_one_kind_of_machine(recorded):
+    "What a GPU trained is not subtracted from what a CPU trained; where both have plain training, the one with more weights counts"
+    moved = recorded.assign(machine=recorded.machine.where((recorded.seed>0) | (recorded.method=='none'), 'cuda'))
+    assert set(seed_differences(moved).seed)==set() # two seeds are left, three are needed
+    gpu = recorded[(recorded.seed==0) & (recorded.method=='none')].assign(machine='cuda', accuracy=lambda d: d.accuracy-.1)
+    found = seed_differences(pd.concat([moved, gpu], ignore_index=True))
+    assert found[found.method=='mixup'].groupby('seed')['diff'].mean().tolist()==pytest.approx([.12, .02, .02])
+    both = pd.concat([recorded, gpu, moved[(moved.machine=='cuda') & (moved.weight!=.1)]], ignore_index=True)
+    assert seed_differences(both)['diff'].max()==pytest.approx(.02) # two weights of three are not enough
 
 def test_pairs(recorded):
     gains = pair_gains(recorded)

@@ -54,11 +54,12 @@ def load_atlas(
     rows:str|Path, # recorded runs
     spec:str|Path, # the plan's .toml file
     others:Sequence=() # recorded runs of other sweeps: those that are trainings of the plan count, too
-)->pd.DataFrame: # rows with `setting`, `weight` (NaN: none), `planned` (weight and learning rate of the plan) added
+)->pd.DataFrame: # rows with `setting`, `weight` (NaN: none), `machine` ('cpu' or 'cuda') and `planned` (weight and rate) added
     "Load recorded runs and say what each is in the plan (ours)."
     parts = [load_results(rows), *(same_trainings(load_results(path), spec) for path in others)]
     df,weights = pd.concat(parts, ignore_index=True),planned_weights(spec)
-    told = [df.experiment, df.method, df.seed, df.lr, df.settings.map(lambda s: tuple(sorted(s.items())))]
+    df['machine'] = df.device.str.partition(' ')[0]
+    told = [df.experiment, df.method, df.seed, df.lr, df.machine, df.settings.map(lambda s: tuple(sorted(s.items())))]
     df = df[~pd.concat(told, axis=1).duplicated()]
     def weight(row): return row.settings.get(weights[row.method][0], np.nan) if row.method in weights else np.nan
     setting = df.experiment.str.removeprefix(PREFIX)
@@ -86,19 +87,26 @@ def chosen_values(
     if scores.empty: return pd.Series(dtype=float)
     return pd.Series(leave_one_out(scores, values), scores.columns).dropna()
 
+def _with_plain(runs, plain):
+    "Runs of one method, for each seed of the kind of machine that has most of them, and plain training too"
+    seen = runs[[key in plain.index for key in zip(runs.setting, runs.seed, runs.machine)]]
+    best = seen.groupby(['seed','machine']).size().groupby('seed').idxmax()
+    return seen[[pair in set(best) for pair in zip(seen.seed, seen.machine)]]
+
 def seed_differences(
     df:pd.DataFrame, # as `load_atlas` gives
     metric:str='accuracy' # what is judged
 )->pd.DataFrame: # one row a setting, method and seed: value, plain, diff
     "Subtract plain training from every method, seed by seed (equation 1)."
-    rows = []
+    rows,same = [],['setting','seed','machine']
     single = df[df.planned & ~df.method.str.contains('+', regex=False)]
-    for (setting,method),runs in single.groupby(['setting','method'], sort=False):
-        rows.append(chosen_values(runs, metric).rename('value').rename_axis('seed').reset_index()
-            .assign(setting=setting, method=method))
-    table = pd.concat(rows, ignore_index=True)
-    plain = table[table.method=='none'].set_index(['setting','seed']).value.rename('plain')
-    table = table[table.method!='none'].join(plain, on=['setting','seed']).dropna()
+    plain = single[(single.method=='none') & (single.status=='done')].set_index(same)[metric].rename('plain')
+    for (setting,method),runs in single[single.method!='none'].groupby(['setting','method'], sort=False):
+        runs = _with_plain(runs, plain)
+        if runs.empty: continue
+        found = chosen_values(runs, metric).rename('value').rename_axis('seed').reset_index()
+        rows.append(found.assign(setting=setting, method=method, machine=found.seed.map(dict(zip(runs.seed, runs.machine)))))
+    table = pd.concat(rows, ignore_index=True).join(plain, on=same).dropna()
     enough = table.groupby(['setting','method']).seed.transform('count')>=FEWEST_SEEDS
     return table[enough].assign(diff=lambda t: t.value-t.plain)[['setting','method','seed','value','plain','diff']]
 
@@ -118,13 +126,14 @@ def pair_gains(
 )->pd.DataFrame: # one row a setting, pair and seed: first, second, gain (over first), alone (of second), surplus
     "Compare two methods together with each alone at the same weights (equation 2)."
     done = df[df.status=='done']
-    value = {(row.setting, row.method, row.seed, frozenset(row.settings.items())):getattr(row, metric)
+    value = {((row.setting, row.seed, row.machine), row.method, frozenset(row.settings.items())):getattr(row, metric)
         for row in done[done.planned | done.method.str.contains('+', regex=False)].itertuples()}
     rows = []
-    for (setting,pair,seed,settings),both in value.items():
+    for (same,pair,settings),both in value.items():
         if '+' not in pair: continue
-        alone = [value.get((setting, part, seed, _settings_of(settings, part)), np.nan) for part in pair.split('+')]
-        plain = value.get((setting, 'none', seed, frozenset()), np.nan)
+        setting,seed,_ = same
+        alone = [value.get((same, part, _settings_of(settings, part)), np.nan) for part in pair.split('+')]
+        plain = value.get((same, 'none', frozenset()), np.nan)
         first,second = pair.split('+')
         rows.append(dict(setting=setting, pair=pair, first=first, second=second, seed=seed, gain=both-alone[0],
             alone=alone[1]-plain, surplus=both-alone[0]-alone[1]+plain))
@@ -167,7 +176,7 @@ def suggestion_table(
     means = effects_over_settings(primary).dropna(subset='mean') # of methods with three settings
     helps = answer({method:effect_claim(found) for method,found in means.iterrows()}).answer if len(means) else {}
     alone = setting_claims(seed_differences(df)).answer.xs('helps', level='claim')
-    seconds = df.groupby(['setting','method']).seconds.median().unstack()
+    seconds = df.groupby(['setting','machine','method']).seconds.median().unstack()
     cost = seconds.div(seconds.none, axis=0).median()
     methods = {method:dict(helps=helps.get(method, 'unclear'), cost=round(float(cost[method]), 2), effects={})
         for method in effects.method.unique()}
