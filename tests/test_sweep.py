@@ -8,17 +8,19 @@ from scipy.stats import ttest_1samp
 
 from phantom_nb import cli
 from phantom_nb.experiments import learner
-from phantom_nb.experiments.methods import METHODS
-from phantom_nb.experiments.methods import search_space
+from phantom_nb.experiments.methods import METHODS, all_methods, search_space
 from phantom_nb.experiments.report import run_rows, tell_apart
 from phantom_nb.experiments.runner import Run, load_results
-from phantom_nb.experiments.sweep import load_sweep, parse_sweep, run_sweep, runs_of
+from phantom_nb.experiments.sweep import load_sweep, methods_of, parse_sweep, run_sweep, runs_of
 from phantom_nb.experiments.stats import mean_interval
 from phantom_nb.experiments.tune import choice_variance, leave_one_out, study_name, tune_many, tune_one, tuned_interval, with_chosen, with_values
 
 pytest.importorskip('optuna')
 QUICK = Run(epochs=2, n_train=40)
 USUAL = [name for name,method in METHODS.items() if not method.rival]
+
+def test_all_methods_of_a_file_differ_from_one_another():
+    assert methods_of('all')==all_methods() and 'phantom_contrast' not in all_methods() and 'none' in all_methods()
 
 def test_grid_of_methods_data_sizes_seeds():
     s = parse_sweep(dict(methods=['none','mhe'], seeds=[3,5], epochs=2, settings=dict(mhe=dict(lam=[.1,1.])),

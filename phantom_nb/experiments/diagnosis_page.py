@@ -131,7 +131,7 @@ def draw_norms(
     "Draw the length of the layers' weights, a neuron of random weights: 1 (He 2015)."
     _profile(ax, d, 'norm', 'o-', 'norm')
     ax.axhline(1, color='.7', lw=1)
-    ax.set(title='Norm of the weights', ylabel='fresh network: 1', ylim=(0, None))
+    ax.set(title='Norm of the weights', ylabel='random weights (He): 1', ylim=(0, None))
     _layer_axis(ax, d.weights.index)
 
 def draw_energy(
@@ -222,8 +222,9 @@ READING = dict(curves='Validation loss that rises while training loss falls is o
     similarity='Cosine of the mean embeddings of two classes: near 1, the network hardly parts them.',
     margins='Left of 0 the answer is wrong; near 0 it was close.',
     energy='Above 1, neurons of a layer point in more similar directions than random ones; below, less similar.',
-    norms='1: as long as the weights of a fresh network.',
-    activations='Share of zeros among the activations; units that never respond do nothing.',
+    norms='1: as long as random weights by the rule of He et al.; networks begin at .2 to 1.',
+    activations='Near 0, an image excites all units of a layer alike; near 1, few of them. Units that never respond '
+    'do nothing.',
     intraclass='How much images of one class differ, relative to all: by neuron (c3), by distance (c4). High: the '
     'layer still tells them apart.',
     bands='In the middle: usual. At an end: rare, which alone is neither good nor bad.')

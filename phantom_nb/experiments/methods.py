@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENERGY', 'LOSS', 'SMALL', 'LAZY', 'PHANTOM', 'DRAWS', 'METHODS', 'LR', 'Pieces', 'Method', 'method_parts',
-           'full_settings', 'read_method', 'hashed_settings', 'join_pieces', 'make_method', 'search_space']
+           'all_methods', 'full_settings', 'read_method', 'hashed_settings', 'join_pieces', 'make_method',
+           'search_space']
 
 # %% ../../nbs/experiments/methods.ipynb #0efb5931
 from ast import literal_eval
@@ -227,6 +228,10 @@ def _check_kind(name, value, default):
     elif isinstance(default, (int, float)): number(name, value)
     elif isinstance(default, str) and not isinstance(value, (str, list, tuple, type(None))):
         raise ValueError(f"{name}={value!r}: give a name")
+
+def all_methods()->list: # names
+    "List the methods that differ from one another at their defaults, without those beside the papers (ours)."
+    return [name for name,method in METHODS.items() if not (method.same_as or method.rival)]
 
 def full_settings(
     method:str, # a key of `METHODS`, or several joined by '+'

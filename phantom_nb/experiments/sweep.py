@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..checks import Refusals, Refused, number, one_of, whole
-from .methods import LR, METHODS, full_settings, make_method, method_parts, search_space
+from phantom_nb.experiments.methods import (LR, METHODS, all_methods, full_settings, make_method, method_parts,
+    search_space)
 from .run import DATA_NAMES, Run
 
 # %% ../../nbs/experiments/sweep.ipynb #ab7d15f0
@@ -76,7 +77,7 @@ def methods_of(
     value:str|list # a name, a list of names, or 'all'
 )->list: # names, several joined by '+'
     "Read the methods of a file; raise a `ValueError` for a wrong name (ours)."
-    names = [name for name in METHODS if not METHODS[name].rival] if value=='all' else _listed(value)
+    names = all_methods() if value=='all' else _listed(value)
     if not names: raise ValueError(f"methods={value!r}: name at least one, or write \"all\"")
     with Refusals() as check: found = [check(method_parts, name) for name in names]
     return ['+'.join(parts) for parts in found]

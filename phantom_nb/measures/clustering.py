@@ -360,7 +360,7 @@ def subclass_selectivity(
     superclass:Tensor, # (N,) superclass of each sample, whole numbers
     subclass:Tensor, # (N,) subclass of each sample, whole numbers
     k:int=1 # units that count, >= 1 (all, if fewer); 30 in the paper
-)->float: # >= 0, larger is better
+)->float: # larger is better; near 0 or below it where no unit sets a subclass apart
     "Measure c1: how well single units set subclasses apart; `ValueError` for a broken hierarchy (Carbonnelle 2021)."
     return pool_layers('c1', [unit_selectivity(a, superclass, subclass) for a in _layers(acts).values()], k)
 

@@ -79,7 +79,7 @@ def granulated_kendall(
     hyperparams:list, # columns that were varied, at least one
     by:Sequence=() # further columns in which compared runs must agree, such as 'seed'
 )->pd.Series: # coefficient in [-1,1] of each hyperparameter, and 'mean'
-    "Average rank agreement over runs that differ in one hyperparameter; ValueError for gaps (Jiang 2020, section 2.2)."
+    "Average rank agreement over runs that differ in one hyperparameter; ValueError for gaps (Jiang 2020, section 2.2.1)."
     hyperparams,by = _varied(hyperparams),_columns(by)
     m,t = _values(df, measure, target)
     psi = pd.Series(_granulated(m, t, _codes(df, hyperparams), _codes(df, by)), hyperparams)
@@ -127,7 +127,7 @@ def conditional_information(
     hyperparams:list, # columns that were varied
     size:int=2 # hyperparameters known at once, at most, >= 0
 )->float: # in [0,1]; the sign of the relation is lost; NaN if every pair is tied
-    "Compute the least share of information about the target's order; ValueError for gaps (Jiang 2020, section 2.3)."
+    "Compute the least share of information about the target's order; ValueError for gaps (Jiang 2020, section 2.2.2)."
     size = whole('size', size, at_least=0)
     m,t = _values(df, measure, target)
     return float(_least_share(m, t, _codes(df, _columns(hyperparams)), size))
