@@ -29,7 +29,7 @@ def test_grid_of_methods_data_sizes_seeds():
     grid = [('digits', n, seed, m, lam) for n in (50,100) for seed in (3,5) for m,lam in (('none',None), ('mhe',.1), ('mhe',1.))]
     assert got == grid + [('fashion_mnist', 100, 0, 'mhe', lam) for lam in (.1, 1.)]
     assert {o.experiment for o in s.runs}=={'x'} and {o.epochs for o in s.runs}=={2}
-    assert len(parse_sweep({}).runs)==5*sum(not m.rival for m in METHODS.values())
+    assert len(parse_sweep({}).runs)==5*len(all_methods())
 
 @pytest.mark.parametrize('spec,what', [('epoch = 3', "key='epoch' (did you mean 'epochs'?)"), ('[[runs]]\nn_trian = 3', "did you mean 'n_train'"),
     ('methods = ["mpu"]', "method='mpu'"), ('[settings.mhe]\nlamb = 1', "did you mean 'lam'"), ('[settings.mpu]\nlam = 1', "method='mpu'"),

@@ -54,7 +54,7 @@ def load_atlas(
     rows:str|Path, # recorded runs
     spec:str|Path, # the plan's .toml file
     others:Sequence=() # recorded runs of other sweeps: those that are trainings of the plan count, too
-)->pd.DataFrame: # rows with `setting`, `weight` (NaN: none), `machine` ('cpu' or 'cuda') and `planned` (weight and rate) added
+)->pd.DataFrame: # rows and `setting`, `weight` (NaN: none), `machine` ('cpu', 'cuda'), `planned` (weight and rate)
     "Load recorded runs and say what each is in the plan (ours)."
     parts = [load_results(rows), *(same_trainings(load_results(path), spec) for path in others)]
     df,weights = pd.concat(parts, ignore_index=True),planned_weights(spec)
@@ -105,7 +105,8 @@ def seed_differences(
         runs = _with_plain(runs, plain)
         if runs.empty: continue
         found = chosen_values(runs, metric).rename('value').rename_axis('seed').reset_index()
-        rows.append(found.assign(setting=setting, method=method, machine=found.seed.map(dict(zip(runs.seed, runs.machine)))))
+        machine = found.seed.map(dict(zip(runs.seed, runs.machine)))
+        rows.append(found.assign(setting=setting, method=method, machine=machine))
     table = pd.concat(rows, ignore_index=True).join(plain, on=same).dropna()
     enough = table.groupby(['setting','method']).seed.transform('count')>=FEWEST_SEEDS
     return table[enough].assign(diff=lambda t: t.value-t.plain)[['setting','method','seed','value','plain','diff']]

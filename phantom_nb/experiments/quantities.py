@@ -105,7 +105,7 @@ def energy_floor(
 @torch.no_grad()
 def layer_weights(
     model:nn.Module # network
-)->pd.DataFrame: # a row a hidden layer: energy and floor (1: random level), norm (1: He's random weights), neurons, inputs
+)->pd.DataFrame: # a row a hidden layer: energy and floor (1: random level), norm (1: random, He), neurons, inputs
     "Measure the weights of every hidden layer (Liu 2018; He 2015; ours: the units)."
     rows,output = {},next(iter(select_layers(model, 'output')))
     for name,module in select_layers(model).items():

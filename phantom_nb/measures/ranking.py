@@ -79,7 +79,7 @@ def granulated_kendall(
     hyperparams:list, # columns that were varied, at least one
     by:Sequence=() # further columns in which compared runs must agree, such as 'seed'
 )->pd.Series: # coefficient in [-1,1] of each hyperparameter, and 'mean'
-    "Average rank agreement over runs that differ in one hyperparameter; ValueError for gaps (Jiang 2020, section 2.2.1)."
+    "Average rank agreement over runs that differ in one hyperparameter; ValueError for gaps (Jiang 2020, sec. 2.2.1)."
     hyperparams,by = _varied(hyperparams),_columns(by)
     m,t = _values(df, measure, target)
     psi = pd.Series(_granulated(m, t, _codes(df, hyperparams), _codes(df, by)), hyperparams)
