@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..checks import Refusals, Refused, number, one_of, whole
-from phantom_nb.experiments.methods import (LR, METHODS, all_methods, full_settings, make_method, method_parts,
-    search_space)
+from .methods import LR, METHODS, all_methods, full_settings, make_method, method_parts
+from .methods import search_space
 from .run import DATA_NAMES, Run
 
 # %% ../../nbs/experiments/sweep.ipynb #ab7d15f0
