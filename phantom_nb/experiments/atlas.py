@@ -88,10 +88,10 @@ def chosen_values(
     return pd.Series(leave_one_out(scores, values), scores.columns).dropna()
 
 def _with_plain(runs, plain):
-    "Runs of one method, for each seed of the kind of machine that has most of them, and plain training too"
+    "Runs of one method from a machine that has plain training too; of two such, from the one with more runs"
     seen = runs[[key in plain.index for key in zip(runs.setting, runs.seed, runs.machine)]]
-    best = seen.groupby(['seed','machine']).size().groupby('seed').idxmax()
-    return seen[[pair in set(best) for pair in zip(seen.seed, seen.machine)]]
+    best = set(seen.groupby(['seed','machine']).size().groupby('seed').idxmax())
+    return seen[[pair in best for pair in zip(seen.seed, seen.machine)]]
 
 def seed_differences(
     df:pd.DataFrame, # as `load_atlas` gives
