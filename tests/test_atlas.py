@@ -109,6 +109,8 @@ def test_a_seed_pairs_on_one_kind_of_machine(recorded):
     assert found[found.method=='mixup'].groupby('seed')['diff'].mean().tolist()==pytest.approx([.12, .02, .02])
     both = pd.concat([recorded, gpu, moved[(moved.machine=='cuda') & (moved.weight!=.1)]], ignore_index=True)
     assert seed_differences(both)['diff'].max()==pytest.approx(.02) # two weights of three are not enough
+    elsewhere = recorded[recorded.method!='none'].assign(machine='another') # without plain training it is no match, and takes nothing away
+    assert len(seed_differences(pd.concat([elsewhere, recorded], ignore_index=True)))==len(seed_differences(recorded))
 
 def test_pairs(recorded):
     gains = pair_gains(recorded)
