@@ -41,7 +41,6 @@ PIECES = {piece.name:piece for piece in [Piece('tests', "tests marked gpu", 'tes
     Piece('hyperspherical', "the energies against their rivals, tuned alike", 'sweep', 'hyperspherical-fair'),
     Piece('cnn9', "the energies by their authors' protocol, CIFAR-10", 'sweep', 'hyperspherical-cnn9'),
     Piece('phantom', "the forms of phantoms side by side", 'sweep', 'phantom-forms'),
-    Piece('temperature', "the temperature of phantoms, on fresh seeds", 'sweep', 'phantom-temperature'),
     Piece('intraclass', "which measure predicts generalization", 'sweep', 'intraclass'),
     Piece('sparsity', "targeted sparsity against its rivals, on a common grid", 'sweep', 'sparsity-fair'),
     Piece('curves', "the same, epoch by epoch", 'sweep', 'sparsity-curves'),
