@@ -15,10 +15,13 @@ from torch import nn
 from phantom_nb.contract import _close, _n_hooks, check_regularizer
 from phantom_nb.core import _OneBatch, ActivationRegularizer, L2Penalty, TrainingCallback, gradient_norm, select_layers, weight_view
 from phantom_nb.data import get_dls
+from phantom_nb.measures.sparsity_monitor import SparsityMonitor
 from phantom_nb.plain import attach
 from phantom_nb.regularizers.flatness import SAM
 from phantom_nb.regularizers.norms import NormalizeAndProject
+from phantom_nb.regularizers.phantom import PhantomEmbeddings
 from phantom_nb.regularizers.semantic import ISDA
+from phantom_nb.regularizers.sparsity import TargetedSparsity
 
 
 class Activity(ActivationRegularizer):
@@ -92,15 +95,15 @@ class InValidation(L2Penalty):
 @breaks(2, 'the penalty is computed during validation')
 class RecordsValidation(InValidation):
     "Only the validation is left in its record"
-    def before_fit(self):
-        super().before_fit()
-        self._fresh = True
+    def before_validate(self):
+        super().before_validate()
+        if self.learn.lock.locked(): self._fresh = True # in `validate`, outside of a fit
 
 @breaks(2, 'validation resets the count of steps')
 class CountsAnew(L2Penalty):
-    def before_fit(self):
-        super().before_fit()
-        self.steps = 0
+    def before_validate(self):
+        super().before_validate()
+        if self.learn.lock.locked(): self.steps = 0 # in `validate`, outside of a fit
 
 @breaks(3, 'its order must be below GradientAccumulation.order')
 class AfterAccumulation(L2Penalty):
@@ -723,3 +726,61 @@ def test_weight_view_has_the_inputs_of_each_neuron(make, layout):
 @pytest.mark.parametrize('module,what', [(nn.LazyLinear(3), 'not initialised'), (nn.ReLU(), 'no neurons'), (nn.BatchNorm2d(3), 'no neurons')], ids=str)
 def test_weight_view_refuses(module, what):
     with pytest.raises(ValueError, match=what): weight_view(module)
+
+@pytest.mark.parametrize('look', ['validate','get_preds'])
+def test_looking_at_predictions_inside_a_fit_starts_nothing_anew(look):
+    "fastai calls before_fit and after_epoch there, too"
+    def peek(cb):
+        if not cb.learn.lock.locked(): getattr(cb.learn, look)(dl=cb.learn.dls.valid)
+    watch = SparsityMonitor()
+    learn = learner(ISDA(.5), TargetedSparsity(1.), L2Penalty(), watch, Callback(after_epoch=peek))
+    with learn.no_bar(), learn.no_logging(): learn.fit(3)
+    assert learn.l2_penalty.steps==len(learn.l2_penalty.records)==12
+    assert learn.isda.moments[0].sum()==3*len(learn.dls.train)*learn.dls.train.bs
+    assert len(watch.losses)==3 and {len(values) for values in learn.targeted_sparsity.history.values()}=={3}
+
+def test_a_monitor_is_quiet_where_nothing_was_fitted():
+    learn = learner(SparsityMonitor(), L2Penalty())
+    with learn.no_bar(): learn.validate()
+    assert not learn.sparsity_monitor.losses
+
+@pytest.mark.parametrize('first,second', [(PhantomEmbeddings(queue=4), PhantomEmbeddings(queue=8)), (ISDA(.5), ISDA(.5, diagonal=True)),
+    (L2Penalty(), L2Penalty(every=3))], ids=lambda cb: type(cb).__name__)
+def test_a_new_callback_inherits_nothing_from_one_of_an_earlier_fit(first, second):
+    learn = learner()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=first)
+        learn.fit(1, cbs=second)
+    assert second.to_frame().step.tolist()==list(range(0, 4, second.every))
+
+def test_a_new_callback_takes_up_what_was_loaded(tmp_path):
+    learn = learner(path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=L2Penalty())
+        learn.save('state')
+        learn.load('state')
+        learn.fit(1, cbs=(again := L2Penalty()))
+    assert again.to_frame().step.tolist()==[4,5,6,7]
+
+def test_a_search_that_was_interrupted_takes_nothing_from_the_next_fit():
+    def interrupt(cb):
+        if cb.train_iter==3: raise KeyboardInterrupt
+    learn = learner(L2Penalty())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2)
+        with pytest.raises(KeyboardInterrupt): learn.fit(20, cbs=[LRFinder(num_it=20), Callback(after_batch=interrupt)])
+        learn.fit(3)
+    assert learn.l2_penalty.to_frame().step.tolist()==list(range(12))
+
+def test_names_are_unique_after_one_has_left():
+    first,second,third = L2Penalty(),L2Penalty(),L2Penalty()
+    learn = learner(first, second)
+    learn.remove_cb(first)
+    learn.add_cb(third)
+    assert {second.name, third.name}=={'l2_penalty_2','l2_penalty'}
+
+def test_a_first_group_without_parameters_carries_the_state_elsewhere():
+    learn = learner(L2Penalty())
+    learn.splitter = lambda m: [[], list(m.parameters())]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.l2_penalty.steps==4

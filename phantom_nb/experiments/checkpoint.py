@@ -263,8 +263,7 @@ class Checkpoint(TrainingCallback):
 
     # Taking up
     def before_fit(self):
-        # `validate` and `lr_find` come here too; fastai's validation holds the learner's lock
-        self._on = not (self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'))
+        self._on = not hasattr(self.learn, 'lr_finder')
         if not self._on: return
         self.start,self.paused,self._in_epoch = 0,False,False
         self.state = {} if self._ended else self._last() or {} # a second fit begins anew

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 import phantom_nb
 from ..core import Regularizer, TrainingCallback
+from ..hooks import evaluating
 from ..data import ImageData, ImageLoaders, get_dls, is_folder, load_dataset
 from ..data.images import folder_digest
 from .methods import Pieces, make_method
@@ -282,19 +283,18 @@ def faster_precision(
     return min(seconds, key=lambda p: seconds[p]), seconds
 
 # %% ../../nbs/experiments/learner.ipynb #a23200e9
-@torch.no_grad()
 def evaluate(
     model:nn.Module, # images (B,C,H,W) -> logits (B,classes)
     dl:Iterable # batches of images (B,C,H,W) and labels (B,)
 )->dict: # accuracy in [0,1] and mean cross-entropy (nats), not finite if the weights are not; empty without images
     "Measure a classifier in evaluation mode (accuracy and cross-entropy)."
-    model.eval()
     n,hits,losses = 0,[],[]
-    for x,y in dl:
-        logits = model(x).float()
-        n += len(y)
-        hits.append((logits.argmax(1)==y).sum())
-        losses.append(F.cross_entropy(logits, y, reduction='sum'))
+    with evaluating(model) as network:
+        for x,y in dl:
+            logits = network(x).float()
+            n += len(y)
+            hits.append((logits.argmax(1)==y).sum())
+            losses.append(F.cross_entropy(logits, y, reduction='sum'))
     if not n: return {}
     hits,loss = (sum(torch.stack(values).tolist()) for values in (hits, losses)) # fetched from the device once
     return dict(accuracy=hits/n, loss=loss/n)

@@ -124,7 +124,7 @@ class IntraclassMonitor(TrainingCallback):
         self._sample = None
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+        self.run = not hasattr(self.learn, 'lr_finder')
         if not self.run: return
         loader = self.dls.train
         batches,idx = sample_batches(loader, self.n, self.seed)

@@ -303,6 +303,7 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
         one_of('over', over, OVER)
         store_attr()
         self.meters = None # type: ignore[assignment] # until `choose`
+        self._on = False
         self.begin()
 
     def choose(self,
@@ -329,7 +330,7 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
 
     # In fastai
     def before_fit(self):
-        self._on = False # nothing is recorded before the first training batches, for `validate` comes here too
+        self._on = False # nothing is recorded before the first training batches
         self._sums = {} # split -> (loss, images) of every batch of this epoch
         self._new = not hasattr(self.learn, 'skip_to_epoch')
         self.choose(self.model)
@@ -341,18 +342,20 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
         self._on = not finding
         self._new = False
 
+    def _watching(self): return self._on and not self.learn.lock.locked() # `validate` and `get_preds` hold it
     def before_batch(self):
+        if not self._watching(): return
         stride = max(1, self.n_iter//max(1, round(self.share*self.n_iter)))
-        take = self._on and self.iter%stride==stride//2
+        take = self.iter%stride==stride//2
         self.meters.split = ('train' if self.training else 'valid') if take else None
         if take and not self.compiled: self.meters.open()
 
     def after_pred(self):
         self.close()
-        if self.meters.split and not self.compiled: self.meters.check()
+        if self._watching() and self.meters.split and not self.compiled: self.meters.check()
 
     def after_batch(self):
-        if not self._on: return
+        if not self._watching(): return
         batch = (self.learn.loss.detach(), find_bs(self.yb or self.xb)) # on the device until the epoch ends
         self._sums.setdefault('train' if self.training else 'valid', []).append(batch)
         if self.meters.split and self.compiled: self._pass_again()
