@@ -526,7 +526,10 @@ def results(path:Recorded, where:Where=None, over:Over=None, metric:Metric=None,
     columns = [column.strip() for column in over.split(',')] if over else None
     with Refusals() as check:
         if not len(df): raise ValueError(f"no runs in {path}")
-        for column in columns or []: check(one_of, 'over', column, df)
+        for column in columns or []:
+            check(one_of, 'over', column, df)
+            if column in df and df[column].map(lambda v: isinstance(v, (dict, list))).any():
+                check.refuse(f"--over {column}: it holds no single values, give columns such as data, n_train, model")
         metric = metric or _judged_on(df)
         check(one_of, '--metric', metric, [*df.select_dtypes('number')])
         df = check(filter_rows, df, where, baseline)
@@ -742,6 +745,11 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
     told = f"phantom_nb: {message}" if 'phantom_nb' in filename else f"{category.__name__}: {message}"
     Console(stderr=True).print(told, style='yellow', markup=False, highlight=False, soft_wrap=True)
 
+def _at_home(word):
+    "A word with ~ at the beginning of its path spelled out, as no shell does behind ="
+    option,sign,path = word.rpartition('=') if word.startswith('--') else ('','',word)
+    return f'{option}{sign}{os.path.expanduser(path)}'
+
 def main(
     args:list|None=None # arguments; None for those of the process
 ):
@@ -749,7 +757,7 @@ def main(
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.torch.jit.script. is deprecated') # torch's own, on import
         warnings.showwarning = _show_warning
-        try: app(_understood(sys.argv[1:] if args is None else list(args)))
+        try: app(_understood(list(map(_at_home, sys.argv[1:] if args is None else args))))
         except (ValueError, ImportError) as e: _stop(e) # also a missing extra
         except OSError as e: # not there, full, not writable
             more = '. What is finished is kept: make room and repeat the command'*(e.errno in (ENOSPC, EDQUOT))

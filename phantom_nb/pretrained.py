@@ -67,13 +67,15 @@ def read_weights(
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"weights={str(path)!r} is not a file")
     if path.suffix == '.safetensors':
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
-        state = dict[str,Any](load_file(path))
+        try: state = dict[str,Any](load_file(path))
+        except SafetensorError as e: raise ValueError(f"weights={str(path)!r} is damaged: {e}") from e
     else:
         try: state = torch.load(path, map_location='cpu', weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
             raise ValueError(f"weights={str(path)!r} holds more than weights, or is damaged. "
-                f"Save it with torch.save(model.state_dict(), path). ({str(e).splitlines()[0]})") from e
+                f"Save it with torch.save(model.state_dict(), path). ({str(e).partition(chr(10))[0]})") from e
     for key in ('state_dict', 'model_state_dict', 'model'):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):

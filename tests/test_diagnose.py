@@ -221,3 +221,11 @@ def test_other_numbers_of_classes_are_not_compared(classes, placed):
     band = load_bands(200, 10_000, classes)
     assert ('c4' in band)==('similarity' in band)==('c3' in band['layers'])==placed
     assert 'energy' in band and 'energy' in band['layers'] and ('note' in band)==(not placed)
+
+def test_networks_and_labels_that_cannot_be_judged_are_told():
+    learn = make_learner(Run(n_train=50, n_valid=50))
+    assert diagnose(learn, classes=np.array(list('abcdefghij'))).classes==list('abcdefghij')
+    batches = DataLoader(TensorDataset(torch.rand(20, 1, 8, 8), torch.full((20,), 13)), 10)
+    with pytest.raises(ValueError, match='class 13'): diagnose(learn.model, batches, batches)
+    with torch.no_grad(): next(learn.model.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match='not finite: its training diverged'): diagnose(learn)

@@ -267,3 +267,15 @@ def test_recorded_rows_keep_their_keys():
 def test_compiled_run_in_sixteen_bits():
     row = train_run(replace(QUICK, compile=True, precision='bf16'))
     assert row['status']=='done', row.get('error')
+
+def deadly(i, device=None, threads=None):
+    "Kills its process if it is number 0"
+    if i==0: os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(.01)
+    return i
+
+def test_an_item_that_kills_its_process_stops_no_other():
+    found = []
+    with pytest.raises(ValueError, match='1 of 12 ended their process whenever they were tried'):
+        for i in spread(deadly, range(12), jobs=2, device='cpu', retries=1): found.append(i)
+    assert sorted(found)==list(range(1, 12))

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 import phantom_nb.data.images as images
+from phantom_nb.experiments.plan import has_test_images
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.runner import name_images
 from phantom_nb.data import (Augment, BatchTransforms, ImageDL, ImageSet, find_images, get_dls, load_dataset, long_tail, make_augment,
@@ -414,3 +415,50 @@ def test_fastais_transforms_act_on_what_they_are_for():
     def turns(augment): return [f for t in augment.transforms.fs for f in getattr(t, 'aff_fs', [])]
     # fastai joins them in one step: cut, flip, turn; a zoom would be one more
     assert (len(turns(resized)), len(turns(full)))==(2, 3)
+
+# Names in any script, and what is left out
+
+@pytest.mark.parametrize('names', [('猫','犬'), ('кошка','собака'), ('größe','grüße'), ('C','C++'), ('+1','-1')], ids=str)
+def test_classes_have_names_in_any_script(tmp_path, names):
+    for split in ('train','test'): tree(tmp_path/split, dict.fromkeys(names, 2))
+    found = find_images(tmp_path)
+    assert sorted(found.classes)==sorted(names)
+    for split in ('train','test'): assert [Path(f).parent.name for f in found.files[split]]==[found.classes[i] for i in found.labels[split]]
+
+def test_a_class_in_another_script_is_no_other_class(tmp_path):
+    tree(tmp_path/'train', {'dog':2, '猫':2})
+    tree(tmp_path/'test', {'dog':2, '犬':2})
+    with pytest.raises(ValueError, match='test has classes that train has not: 犬'): find_images(tmp_path)
+
+def test_names_with_raised_digits_count_as_letters(tmp_path):
+    tree(tmp_path, {'a':2, 'b':2})
+    (tmp_path/'a'/'img0.png').rename(tmp_path/'a'/'5²3.png')
+    assert len(sum(find_images(tmp_path).files.values(), []))==4
+
+@pytest.mark.parametrize('train,test', [('train','Test'), ('Train','TEST'), ('Training','Testing')])
+def test_splits_in_capitals(tmp_path, train, test):
+    tree(tmp_path/train, {'a':3, 'b':3})
+    tree(tmp_path/test, {'a':1, 'b':2})
+    found = find_images(tmp_path)
+    assert found.own_test and len(found.files['test'])==3 and has_test_images(str(tmp_path))
+
+def test_photos_by_name_bring_their_test_images(tmp_path, monkeypatch):
+    monkeypatch.setenv('PHANTOM_NB_DATA', str(tmp_path))
+    for split in ('train','test'): tree(tmp_path/'trashnet'/split, {'a':3, 'b':3})
+    assert has_test_images('trashnet') and has_test_images('digits')
+
+def test_pictures_that_nobody_reads_are_named(tmp_path):
+    tree(tmp_path, {'a':3, 'b':3})
+    for i in range(4): (tmp_path/'a'/f'{i}.heic').write_bytes(b'x')
+    fill(tmp_path/'b'/'more', 2)
+    with pytest.warns(UserWarning) as told: find_images(tmp_path)
+    words = ' '.join(str(w.message) for w in told)
+    assert '4 images (.heic) are left out' in words and f"left out: {tmp_path/'b'/'more'}" in words
+
+def test_a_link_to_nowhere_and_a_far_too_large_image_are_named(tmp_path, monkeypatch):
+    tree(tmp_path, {'a':3, 'b':3})
+    (tmp_path/'a'/'gone.png').symlink_to(tmp_path/'nowhere.png')
+    with pytest.raises(ValueError, match='gone.png is not a readable image'): load_dataset(tmp_path)
+    (tmp_path/'a'/'gone.png').unlink()
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100) # half of what is refused
+    with pytest.raises(ValueError, match='readable image'): load_dataset(tmp_path)

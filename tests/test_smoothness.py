@@ -119,3 +119,23 @@ def test_integers_and_compiled_networks_are_refused():
     embed = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))
     with pytest.raises(ValueError, match='floating-point'), attach(embed, GradientPenalty()): embed(torch.zeros(4, 2, dtype=torch.long))
     with pytest.raises(ValueError, match='do not compile'), attach(torch.compile(network()), GradientPenalty()): pass
+
+def test_a_sum_over_the_batch_is_refused_and_no_class_is_left_out():
+    net,x = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),torch.randn(8, 1, 8, 8)
+    learn = Learner(get_dls('digits', n_train=32, n_valid=10, bs=16), net, nn.CrossEntropyLoss(reduction='sum'), opt_func=SGD, cbs=GradientPenalty())
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match="reduction='sum'"): learn.fit(1)
+    y = torch.arange(8)
+    found = []
+    for labels,images in ((torch.where(y<4, y, -100), x), (y[:4], x[:4])):
+        with attach(net, GradientPenalty(1., of='logit')) as penalty:
+            net(images)
+            found.append(penalty(labels).item()*len(images))
+    assert found[0]==pytest.approx(found[1], rel=1e-5)
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+def test_spectral_penalty_in_any_precision_of_the_weights(dtype):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 10)).to(dtype)
+    with attach(net, SpectralPenalty(1.)) as penalty:
+        net(torch.randn(4, 1, 8, 8, dtype=dtype))
+        penalty().backward()
+    assert all(m.weight.grad.isfinite().all() for m in (net[0], net[2]))

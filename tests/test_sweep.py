@@ -330,3 +330,33 @@ def test_a_folder_trains_on_all_its_images_augmented(given, expected, tmp_path):
     designs = runs_of(dict(table, factors=[[dict(lr=.1), dict(lr=.2)]], seeds=1), 'x')
     assert {(run.n_train, run.augment) for run in designs}=={expected}
     assert runs_of(dict(methods=['none'], seeds=1), 'x')[0].augment is False
+
+# What a file may get wrong without a word
+
+def test_equal_runs_have_one_key():
+    "2 and 2. are the same number; a folder may be a Path"
+    assert Run(width=2).key==Run(width=2.).key and Run(method='half_mhe', settings=dict(lam=3)).key==Run(method='half_mhe', settings=dict(lam=3.)).key
+    assert Run(data=Path('/tmp')).key==Run(data='/tmp').key
+    assert len(parse_sweep(dict(methods=['none'], seeds=[0, 0, 1], epochs=[1, 1])).runs)==2
+
+@pytest.mark.parametrize('spec,says', [(dict(trace='means'), 'give n_valid='), (dict(experiment=['a','b']), 'give one name')], ids=str)
+def test_what_cannot_run_is_refused_at_once(spec, says):
+    with pytest.raises(ValueError, match=says): parse_sweep(dict(methods=['none'], seeds=1, **spec))
+
+def test_a_run_without_its_trace_is_trained_again(tmp_path):
+    spec = dict(methods=['none'], seeds=1, epochs=1, n_train=20, n_valid=20)
+    rows,_ = run_sweep(parse_sweep(spec), tmp_path, jobs=1)
+    assert 'trace' not in rows
+    rows,_ = run_sweep(parse_sweep(dict(spec, trace='means')), tmp_path, jobs=1)
+    assert len(rows.trace[0]['valid_loss'])==1
+
+def test_home_is_found_behind_an_equals_sign(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path/'home'))
+    Path('home').mkdir()
+    Path('one.toml').write_text('methods = ["none"]\nseeds = 1\nepochs = 1\nn_train = 20\n')
+    with pytest.raises(SystemExit): cli.main(['sweep', 'one.toml', '--jobs', '1', '--out=~/res'])
+    assert (tmp_path/'home/res/results.jsonl').exists() and not Path('~').exists()
+    for words,says in (['--over', 'settings'], 'holds no single values'), (['--where', 'lr=all'], 'no runs'), (['--where', 'lr=fast'], 'lr is a number'):
+        with pytest.raises(SystemExit) as e: cli.main(['results', '~/res', *words])
+        assert e.value.code and says in ' '.join(capsys.readouterr().err.split())

@@ -30,7 +30,7 @@ from .quantities import calibration_error, capture_with_sparsity, layer_weights,
 from .quantities import relative_energies, weight_norm
 from .suggest import Setting, effects_near, load_table
 from ..measures.clustering import intraclass_table
-from ..measures.embeddings import class_means, embedding_metrics, embeddings_of, pair_cosines
+from ..measures.embeddings import check_classes, class_means, embedding_metrics, embeddings_of, pair_cosines
 from ..measures.intraclass import sample_batches
 from ..measures.sparsity_monitor import overfit_onset
 
@@ -342,9 +342,13 @@ def diagnose(
     def sample(dl, n): return [(x.to(device), y.to(device)) for x,y in sample_batches(dl, n)[0]]
     seen,held = sample(train, SAMPLE),sample(valid, n)
     acts,outputs,activations = capture_with_sparsity(model, seen)
-    y = torch.cat([y for _,y in seen])
+    y = check_classes(torch.cat([y for _,y in seen]), outputs.shape[1], negative=False)
+    if not outputs.isfinite().all():
+        raise ValueError("the network's outputs are not finite: its training diverged. Take an earlier copy, or train it "
+            "again at a lower learning rate")
     table = intraclass_table(acts, y)
-    names = [str(c) for c in classes or getattr(train, 'vocab', None) or range(outputs.shape[1])]
+    if classes is None: classes = getattr(train, 'vocab', None) or range(outputs.shape[1])
+    names = [str(c) for c in classes]
     if len(names)!=outputs.shape[1]: raise ValueError(f"classes= has {len(names)} names, the network "
         f"{outputs.shape[1]} outputs")
     judged,close = _held_out(model, held, len(names))
@@ -481,6 +485,7 @@ def _crowded(d):
 def _felt(d):
     "Are the penalties felt?"
     for name,(lam,share) in d.shares.items():
+        if not lam: continue # watched alone
         told = f"{name} made up {share:.3f} of the gradient."
         if share<FELT[0]: yield Finding('do', told,
             f"It is hardly felt: try lam={lam*FELT[0]*5/max(share, 1e-3):.2g}, for a share of about a tenth.")

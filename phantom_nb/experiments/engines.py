@@ -7,6 +7,7 @@ __all__ = ['ENGINES', 'RUNS_PER_GPU', 'local_engine', 'ray_engine', 'share_out',
 
 # %% ../../nbs/experiments/engines.ipynb #38ae5f93
 import ctypes, logging, os, platform, signal, threading, time, warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import lru_cache
@@ -71,22 +72,28 @@ def _kill_workers():
     with _deaf_to_interrupts(): get_reusable_executor(kill_workers=True).shutdown(wait=False, kill_workers=True)
 
 def _in_processes(work, pairs, jobs, retries):
-    "Results of items in joblib's processes, set up again when one is killed"
-    todo = dict(enumerate(pairs))
-    for left in range(retries, -1, -1):
-        tasks = [joblib.delayed(_call_numbered)(i, work, *pair) for i,pair in todo.items()]
+    "Results of items in joblib's processes; those at work when one is killed are tried again, alone, behind the others"
+    todo,kills,lost = dict(enumerate(pairs)),Counter[int](),0
+    while todo:
+        batch = [i for i in todo if not kills[i]] or list(todo)[:1] # what was at work when one was killed: alone
+        tasks = [joblib.delayed(_call_numbered)(i, work, *todo[i]) for i in batch]
         try:
             with _deaf_to_interrupts():
                 results = joblib.Parallel(jobs, return_as='generator_unordered', batch_size=1)(tasks)
             for i,result in results:
                 del todo[i]
                 yield result
-            return
         except TerminatedWorkerError:
-            if not left: raise
+            at_work = [i for i in batch if i in todo][:jobs]
+            kills.update(at_work)
+            if len(batch)>1 or kills[batch[0]]<=retries: continue
+            del todo[batch[0]]
+            lost += 1
         except BaseException: # Ctrl-C, an error, or a caller that stops
             _kill_workers()
             raise
+    if lost: raise ValueError(f"{lost} of {len(pairs)} ended their process whenever they were tried, alone too. Most "
+        "often memory is short: give fewer or smaller images, a smaller network or batch. All others are done")
 
 def local_engine(
     work:Callable, # importable function of an item; takes `device` and `threads` too

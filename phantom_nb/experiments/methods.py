@@ -245,6 +245,8 @@ def full_settings(
     with Refusals() as check:
         for name,value in settings.items():
             if name in known: check(_check_kind, name.split('.')[-1], value, known[name])
+    settings = {name:float(value) if type(value) is int and type(known.get(name)) is float else value
+        for name,value in settings.items()} # 3 is 3.0 where a fraction may stand: both are the same run
     kept = {name:value for name,value in settings.items() if name not in rare or value!=rare[name]}
     return {**defaults, **kept}
 
@@ -259,11 +261,8 @@ def read_method(
         if not sign: raise ValueError(f"method {text!r}: write a setting like {method}:lam=3")
         try: settings[key.strip()] = literal_eval(value.strip())
         except (ValueError, SyntaxError): settings[key.strip()] = value.strip()
-    defaults = _table(method, 'defaults')
-    for key,value in settings.items(): # 3 is 3.0 where a fraction may stand: both are the same run
-        if type(defaults.get(key)) is float and type(value) is int: settings[key] = float(value)
-    full_settings(method, settings)
-    return method,settings
+    full = full_settings(method, settings)
+    return method,{key:full.get(key, value) for key,value in settings.items()}
 
 def hashed_settings(
     method:str, # a key of `METHODS`, or several joined by '+'

@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
 from ..checks import number, whole
+from ..data import find_images, is_folder
+from ..data.readers import _folder_of
 from .engines import share_out
 from .learner import load_data, step_seconds
 from .methods import all_methods, read_method
@@ -156,10 +158,11 @@ def _fitted(names, n_methods, shape, budget, free, usual_epochs, times):
 
 # %% ../../nbs/experiments/plan.ipynb #4b53803a
 def has_test_images(
-    data:str # a key of `DATASETS`, or a folder of images
+    data:str, # a key of `DATASETS`, or a folder of images
+    root:str|Path|None=None # folder to look for the data first
 )->bool: # whether it comes with test images of its own
     "Look for the folder test/ (ours)."
-    return data in DATA_NAMES or any((Path(data).expanduser()/name).is_dir() for name in ('test','Test','testing'))
+    return not is_folder(data) or find_images(_folder_of(data, root)).own_test
 
 def validation_images(
     y:Sequence, # (N,) labels of the training pool
@@ -189,7 +192,7 @@ def plan_comparison(
 )->tuple: # `Run`s, seeds first; the `Budget`
     "Time a few steps and fit a comparison to a time; validation images choose, test images judge (ours)."
     data = load_data(run, root)
-    if not has_test_images(run.data): run = replace(run, folds=5)
+    if not has_test_images(run.data, root): run = replace(run, folds=5)
     images = load_data(run, root) if run.folds else data
     run = replace(run, n_valid=run.n_valid or validation_images(images.y_train, names=images.classes), test=True)
     n_gpus = torch.cuda.device_count() if device is None else 0

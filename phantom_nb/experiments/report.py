@@ -322,7 +322,10 @@ def filter_rows(
         if not sign: raise ValueError(f"--where {condition!r}: write column=value, for instance data=digits")
         values = df[one_of('column', column.strip(), df.columns)]
         numeric = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-        kept = values==float(value) if numeric else values.astype(str)==value.strip()
+        try: kept = values==float(value) if numeric else values.astype(str)==value.strip()
+        except ValueError:
+            if value.strip()!='all': raise ValueError(f"--where {condition!r}: {column.strip()} is a number") from None
+            kept = values.isna() # all images
         if column.strip()=='method' and kept.any(): kept |= values==baseline
         df = df[kept]
     return df
@@ -510,7 +513,8 @@ def show_comparison(
         error = bad[bad.status=='failed'].error.iloc[0]
         console.print(f"The first error: {error}. To try a failed run again, delete its file in {out/'runs'} "
             "and repeat the command.", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"Rows: {out/'results.csv'}   picture: {out/'comparison.png'}", soft_wrap=True, highlight=False)
+    console.print(f"Rows: {out/'results.csv'}   picture: {out/'comparison.png'}", soft_wrap=True, highlight=False,
+        markup=False)
 
 # %% ../../nbs/experiments/report.ipynb #b1ff6dbf
 def front_figure(

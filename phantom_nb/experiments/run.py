@@ -96,6 +96,7 @@ class Run:
     images:str = '' # digest of a folder's images, filled in when runs begin: other images make another run
 
     def __post_init__(self):
+        if isinstance(self.data, Path): object.__setattr__(self, 'data', str(self.data))
         with Refusals() as check:
             check(check_data, self.data)
             check(check_model, self.model)
@@ -125,6 +126,9 @@ class Run:
             if getattr(self, name) is not None: smallest[name] = 1
         for name,low in smallest.items():
             object.__setattr__(self, name, check(whole, name, getattr(self, name), low))
+        for field in fields(self): # 2 is 2.0 where a fraction may stand: both are the same run
+            if type(field.default) is float and type(getattr(self, field.name)) is int:
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
         for name in ('lr','width','depth'): check(number, name, getattr(self, name), above=0)
         for name in ('mom','label_noise'): check(number, name, getattr(self, name), at_least=0, below=1)
         check(number, 'stop_loss', self.stop_loss, at_least=0)

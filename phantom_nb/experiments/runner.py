@@ -82,6 +82,11 @@ def train_run(
     return {k:None if isinstance(v, float) and not math.isfinite(v) else v for k,v in row.items()}
 
 # %% ../../nbs/experiments/runner.ipynb #385f5f90
+def _recorded(store, run, trace):
+    "The recorded row of a run, if it holds what is asked for"
+    row = recorded_row(store, run)
+    return row if row and (not trace or 'trace' in row or row['status']!='done') else None
+
 def run_one(
     run:Run, # what to train; its precision is settled
     store:str|Path, # folder of results; unfinished runs are kept in its folder .work
@@ -95,14 +100,14 @@ def run_one(
     "Train a run and record it, or return the row that is already recorded; an unfinished run is taken up (ours)."
     run, = settle_precision([run], store, root, device)
     path,work = run_file(store, run),Path(store)/'.work'
-    if row := recorded_row(store, run): return row
+    if row := _recorded(store, run, trace): return row
     if time.time()>deadline: return None
     work.mkdir(parents=True, exist_ok=True)
     lock,state = FileLock(work/f'{run.name}.lock'),work/f'{run.name}.pth'
     patience = 0 if not wait else -1 if deadline==math.inf else max(0., deadline-time.time())
     try:
         with lock.acquire(timeout=patience):
-            if row := recorded_row(store, run): return row
+            if row := _recorded(store, run, trace): return row
             if threads: torch.set_num_threads(threads)
             row = train_run(run, root, device, state, deadline, trace)
             if row['status']=='paused': return None
@@ -136,7 +141,8 @@ def settle_precision(
     if all(run.precision!='auto' for run in runs): return runs
     known = {}
     for line in path.read_text().splitlines() if path.exists() else []:
-        note = json.loads(line)
+        try: note = json.loads(line)
+        except ValueError: continue # a writer was interrupted
         known[json.dumps(note['what'])] = note['precision']
     settled = []
     for run in runs:
@@ -172,7 +178,7 @@ def run_many(
     specs = {run.key:run for run in settle_precision(specs, store, root, device)}
     rows = {}
     for key,run in specs.items():
-        if row := recorded_row(store, run):
+        if row := _recorded(store, run, trace):
             rows[key] = row
             on_row(row)
     for wait in (False, True):

@@ -173,7 +173,7 @@ def runs_of(
         for method,values in each: check(_try_method, method, values)
         runs = [check(Run, method=method, settings=values, seed=seed, **_with_folder(given))
             for given in tables for seed in seeds for method,values in each or [('none', {})]]
-    return tuple(runs)
+    return tuple(dict.fromkeys(runs)) # a seed that is named twice is one run
 
 # %% ../../nbs/experiments/sweep.ipynb #c4db3bc1
 def tuning_of(
@@ -235,6 +235,8 @@ def _part_of(top, table, experiment):
         if tune and trace:
             check.refuse(f"trace={trace!r}: a sweep that is tuned keeps no traces; leave out one of the two")
         runs = check(runs_of, merged, experiment)
+        if runs and trace in ('means','layers') and not all(run.n_valid for run in runs):
+            check.refuse(f"trace={trace!r}: loss and accuracy are traced on validation images, give n_valid=")
         if runs: check(_refuse_unused, table.get('settings', {}), {run.method for run in runs})
         if tune: check(refuse_searched_lists, merged)
     return Part(runs, tune, trace)
@@ -252,6 +254,7 @@ def parse_sweep(
             for key in table: check(one_of, 'key', key, [key for key in KEYS if key!='runs'])
             refuse_no_tables(table)
         name = top.pop('experiment', name)
+        if not isinstance(name, str): check.refuse(f"experiment={name!r}: give one name, as a text")
         tables = [{key:value for key,value in table.items() if key in KEYS} for table in spec.get('runs', [{}])]
         parts = [check(_part_of, top, table, name) for table in tables]
         if all(parts):
@@ -321,7 +324,7 @@ def run_sweep(
     if not (folder/'runs').exists(): restore_rows(folder/'results.jsonl', folder/'runs')
     end = math.inf if time_budget is None else time.time()+time_budget
     try: rows,trials = _run_parts(sweep, folder, end, root, on_row, on_study, **kwargs)
-    except KeyboardInterrupt: # with no time left, what is recorded is read and nothing is trained
+    except (KeyboardInterrupt, ValueError): # with no time left, what is recorded is read and nothing is trained
         recorded = dict(jobs=1, device=kwargs.get('device'))
         _save_frames(folder, *_run_parts(sweep, folder, 0., root, _nothing, _nothing, **recorded))
         raise

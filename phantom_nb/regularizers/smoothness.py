@@ -37,12 +37,13 @@ def gradient_penalty(
 # %% ../../nbs/regularizers/smoothness.ipynb #42913cbe
 def _linear(module, x):
     "Apply the layer without its bias"
-    if isinstance(module, nn.Linear): return F.linear(x, module.weight)
+    weight = module.weight.to(x.dtype) # a network may be kept in bfloat16 or float64
+    if isinstance(module, nn.Linear): return F.linear(x, weight)
     if isinstance(module, _ConvTransposeNd):
         convolve = getattr(F, f'conv_transpose{len(module.kernel_size)}d')
-        return convolve(x, module.weight, None, module.stride, module.padding, module.output_padding, module.groups,
+        return convolve(x, weight, None, module.stride, module.padding, module.output_padding, module.groups,
             module.dilation)
-    return module._conv_forward(x, module.weight, None)
+    return module._conv_forward(x, weight, None)
 
 def _input_shape(module, in_shape):
     "Shape of one input of the layer"
@@ -100,6 +101,10 @@ class GradientPenalty(Regularizer):
     def setup(self):
         if is_compiled(self.model):
             raise ValueError("GradientPenalty differentiates twice, and compiled code can do so once: do not compile")
+        reduction = getattr(getattr(self.learn, 'loss_func', None), 'reduction', 'mean')
+        if self.of=='loss' and reduction!='mean':
+            raise ValueError(f"reduction={reduction!r} of the loss: GradientPenalty needs the mean over a batch, take "
+                "reduction='mean' or of='logit'")
 
     def open(self):
         x = self.learn.xb[0] if len(self.learn.xb) else None
@@ -130,7 +135,9 @@ class GradientPenalty(Regularizer):
         y = self.learn.yb[0] if len(self.learn.yb)==1 else None
         if y is None or y.is_floating_point():
             raise ValueError("of='logit' needs one class an image: use of='loss' with mixed labels")
-        return self.learn.pred.gather(1, y.reshape(-1, 1).long()).sum()
+        y = y.flatten().long()
+        there = y>=0 # a negative class stands for none
+        return self.learn.pred[there].gather(1, y[there, None]).sum()
 
 class SpectralPenalty(Regularizer):
     "Penalise half the sum of squared spectral norms of the layers (Yoshida and Miyato 2017)."
