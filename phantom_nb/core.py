@@ -144,7 +144,8 @@ class TrainingCallback(Callback):
 def _travelling_state(opt)->dict: # name of a callback -> its state
     "The part of an optimizer's state that is saved with it and that no step reads"
     # fastai saves a dict a parameter, PyTorch every entry of `state` whatever its key
-    entries = opt.opt.state if isinstance(opt, OptimWrapper) else opt.state[next(p for group in opt.param_lists for p in group)]
+    if isinstance(opt, OptimWrapper): entries = opt.opt.state
+    else: entries = opt.state[next(p for group in opt.param_lists for p in group)]
     return entries.setdefault('regularizers', {})
 
 _WRITTEN = WeakKeyDictionary[Learner,dict]() # learner -> name -> the state that was written last, and so was not loaded

@@ -263,7 +263,8 @@ def _folders(folder):
 
 def _is_image(entry): return entry.name[0] != '.' and entry.name.lower().endswith(IMAGE_SUFFIXES)
 
-UNREAD = '.heic', '.heif', '.avif', '.jp2', '.svg', '.psd', '.raw', '.cr2', '.nef', '.arw', '.dng' # images, but not here
+# images, but none that can be read here
+UNREAD = '.heic', '.heif', '.avif', '.jp2', '.svg', '.psd', '.raw', '.cr2', '.nef', '.arw', '.dng'
 def _warn_left_out(folders):
     "Say which pictures in class folders nobody will read"
     entries = [e for folder in folders for e in os.scandir(folder)]

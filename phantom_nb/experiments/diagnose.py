@@ -344,8 +344,8 @@ def diagnose(
     acts,outputs,activations = capture_with_sparsity(model, seen)
     y = check_classes(torch.cat([y for _,y in seen]), outputs.shape[1], negative=False)
     if not outputs.isfinite().all():
-        raise ValueError("the network's outputs are not finite: its training diverged. Take an earlier copy, or train it "
-            "again at a lower learning rate")
+        raise ValueError("the network's outputs are not finite: its training diverged. Take an earlier copy, or train "
+            "it again at a lower learning rate")
     table = intraclass_table(acts, y)
     if classes is None: classes = getattr(train, 'vocab', None) or range(outputs.shape[1])
     names = [str(c) for c in classes]

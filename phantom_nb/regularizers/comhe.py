@@ -48,7 +48,7 @@ class CoMHE(MHE):
     def __init__(self,
         projection:str='random', # 'random', 'expected', 'angle', 'adversarial', 'learned' or 'group'
         lam:float|Callable=1., # weight >= 0, or an annealer
-        k:int|None=None, # dimensions to project to, or coordinates a group, about: as many groups as if this were rounded up to whole channels, >= 1
+        k:int|None=None, # dimensions to project to, or coordinates a group (about; see `n_groups`), >= 1
         m:int|None=None, # projections of a layer, >= 1; or groups that are drawn, 0 for all of them
         redraw:int|None=None, # steps from one random draw to the next, >= 0; 0 for never
         steps:int|None=None, # updates of a learned projection a step, >= 0
