@@ -333,11 +333,12 @@ class Regularizer(TrainingCallback):
         if axs is None:
             import matplotlib.pyplot as plt # only pictures need it
             axs = plt.subplots(1, 2, figsize=(9,3), layout='constrained')[1]
-        shares = df.dropna()
-        axs[0].plot(df.epoch, df.penalty)
-        axs[0].set(xlabel='epoch', ylabel=f"{type(self).__name__} penalty")
-        axs[1].plot(shares.epoch, shares.share, marker='.')
-        axs[1].set(xlabel='epoch', ylabel="share of the gradient", ylim=(0,1), xlim=axs[0].get_xlim())
+        x = 'epoch' if df.epoch.notna().all() else 'step' # a loop of one's own may not say how long it is
+        shares = df.dropna(subset='share')
+        axs[0].plot(df[x], df.penalty)
+        axs[0].set(xlabel=x, ylabel=f"{type(self).__name__} penalty")
+        axs[1].plot(shares[x], shares.share, marker='.')
+        axs[1].set(xlabel=x, ylabel="share of the gradient", ylim=(0,1), xlim=axs[0].get_xlim())
         return list(axs)
 
 # %% ../nbs/core.ipynb #fa509539

@@ -109,13 +109,15 @@ class SecondPass(Regularizer):
 
     def _pass(self, weights, displacement):
         "Loss and gradients of the batch at displaced weights; all is put back, also on an exception"
-        kept = [(t, t.detach().clone()) for t in [*weights, *self.model.buffers()]]
+        buffers = [(m._buffers, name, t) for m in self.model.modules() for name,t in m._buffers.items() if t is not None]
+        kept = [(t, t.detach().clone()) for t in [*weights, *(t for *_,t in buffers)]]
         try:
             # `data` keeps autograd from counting this as a change: the values come back before the first graph is used
             for weight,step in zip(weights, displacement): weight.data.add_(step)
             with torch.enable_grad(), _with_random_state(self._random): loss = self._loss_again()
             return loss.detach(), self._gradients(loss, weights, materialize_grads=True, allow_unused=True)
         finally:
+            for place,name,tensor in buffers: place[name] = tensor # a module may have put another in its place
             for tensor,value in kept: tensor.data.copy_(value)
 
     def _loss_again(self):

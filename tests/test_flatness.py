@@ -276,3 +276,21 @@ def test_refusals():
     with pytest.raises(ValueError, match='rho=-1'): SAM(rho=-1)
     with pytest.raises(ValueError, match='steps=0'): AMP(steps=0)
     with attach(network(), SAM()) as penalty, pytest.raises(ValueError, match='again='): penalty()
+
+class CountsAnew(nn.Module):
+    "Puts a new tensor in the place of its buffer at every pass"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('n', torch.zeros(()))
+    def forward(self, x):
+        self.n = self.n+1
+        return x
+
+def test_a_buffer_that_is_replaced_is_put_back():
+    net = nn.Sequential(CountsAnew(), nn.Flatten(), nn.Linear(64, 10))
+    learn = Learner(get_dls('digits', n_train=64, n_valid=16, bs=16), net, opt_func=SGD, cbs=SAM())
+    def count(cb):
+        if cb.training: cb.learn.seen.append(net[0].n.item())
+    learn.seen = []
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Callback(after_batch=count))
+    assert learn.seen==[1,2,3,4]

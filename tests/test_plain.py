@@ -293,3 +293,13 @@ def test_forward_passes_that_no_penalty_follows_leave_nothing(batch):
         penalty(y)
         model(x)
     assert n_hooks(model)==before
+
+def test_a_loop_without_a_total_plots_over_steps():
+    net,reg = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),L2Penalty()
+    with attach(net, reg) as penalty:
+        for _ in range(3):
+            loss = cross_entropy(net(torch.randn(4, 1, 8, 8)), torch.arange(4))
+            (loss+penalty(loss=loss)).backward()
+    axs = reg.plot()
+    assert axs[0].get_xlabel()=='step' and axs[0].lines[0].get_xdata().tolist()==reg.to_frame().step.tolist()
+    assert len(axs[1].lines[0].get_xdata())==1 # measured at the first step
