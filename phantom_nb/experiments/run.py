@@ -127,8 +127,9 @@ class Run:
         for name,low in smallest.items():
             object.__setattr__(self, name, check(whole, name, getattr(self, name), low))
         for field in fields(self): # 2 is 2.0 where a fraction may stand: both are the same run
-            if type(field.default) is float and type(getattr(self, field.name)) is int:
-                object.__setattr__(self, field.name, float(getattr(self, field.name)))
+            value = getattr(self, field.name)
+            if type(field.default) is float and type(value) is int and abs(value)<1e300:
+                object.__setattr__(self, field.name, float(value))
         for name in ('lr','width','depth'): check(number, name, getattr(self, name), above=0)
         for name in ('mom','label_noise'): check(number, name, getattr(self, name), at_least=0, below=1)
         check(number, 'stop_loss', self.stop_loss, at_least=0)
