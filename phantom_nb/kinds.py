@@ -109,7 +109,8 @@ class SecondPass(Regularizer):
 
     def _pass(self, weights, displacement):
         "Loss and gradients of the batch at displaced weights; all is put back, also on an exception"
-        buffers = [(m._buffers, name, t) for m in self.model.modules() for name,t in m._buffers.items() if t is not None]
+        places = [m._buffers for m in self.model.modules()]
+        buffers = [(place, name, t) for place in places for name,t in place.items() if t is not None]
         kept = [(t, t.detach().clone()) for t in [*weights, *(t for *_,t in buffers)]]
         try:
             # `data` keeps autograd from counting this as a change: the values come back before the first graph is used

@@ -245,8 +245,10 @@ def full_settings(
     with Refusals() as check:
         for name,value in settings.items():
             if name in known: check(_check_kind, name.split('.')[-1], value, known[name])
-    settings = {name:float(value) if type(value) is int and type(known.get(name)) is float and abs(value)<1e300 else value
-        for name,value in settings.items()} # 3 is 3.0 where a fraction may stand: both are the same run
+    def as_known(name, value): # 3 is 3.0 where a fraction may stand: both are the same run
+        whole_one = type(value) is int and type(known.get(name)) is float and abs(value)<1e300
+        return float(value) if whole_one else value
+    settings = {name:as_known(name, value) for name,value in settings.items()}
     kept = {name:value for name,value in settings.items() if name not in rare or value!=rare[name]}
     return {**defaults, **kept}
 
