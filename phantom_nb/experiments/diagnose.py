@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np, pandas as pd, torch
 from fastai.basics import Learner
 from fastcore.basics import risinstance
+from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -401,7 +402,8 @@ def _learned(d):
         return Finding('do', told, "It does not fit its training images: train longer, in smaller batches where images "
             "are few, or take a larger network. "
             f"{more}")
-    if gap<max(2, half_width(v/100, n)): return Finding('well', told, "The gap is within what these images can show.")
+    if gap<half_width(v/100, n): return Finding('well', told, "The gap is within what these images can show.")
+    if gap<2: return Finding('well', told, f"It over-fits by {gap:.1f} points, which is little.")
     return Finding('do', told, f"It over-fits by {gap:.1f} points.{_atlas_words(d)}")
 
 def _atlas_words(d):
@@ -420,7 +422,10 @@ def _calibrated(d):
     v = d.valid
     if v['n']<50: return None # a bin of three images says nothing
     told = f"It is wrong about how sure it is by {v['ece']:.2f} on average"
-    if v['ece_before']-v['ece_after']<.02: return Finding('well', f"{told}, and a temperature does not mend that.")
+    if v['ece_before']-v['ece_after']<.02:
+        if v['ece']<.1: return Finding('well', f"{told}, and a temperature does not mend that.")
+        return Finding('see', f"{told}, and a temperature does not mend that.",
+            "Label smoothing, mixing or more images may.")
     way = 'too sure' if v['temperature']>1 else 'not sure enough'
     return Finding('do', f"{told}: it is {way}.", f"Divide its logits by {v['temperature']:.2f}: on images that did "
         "not choose this, "
@@ -457,8 +462,8 @@ def _mixed_up(d):
     wrong = sum(d.valid['logits'].argmax(1)!=d.valid['y']).item()
     if not d.confusions or wrong<5: return None
     pair = d.confusions[0]
-    usual = wrong/(len(d.classes)*(len(d.classes)-1)/2)
-    if pair.mistakes<=usual+3*math.sqrt(usual): return None # no more than if mistakes fell anywhere
+    pairs = len(d.classes)*(len(d.classes)-1)/2
+    if binom.sf(pair.mistakes-1, wrong, 1/pairs)*pairs>.05: return None # the largest of so many pairs may have as many
     return Finding('see', f"{pair.mistakes} of {wrong} mistakes are between {pair.one} and {pair.other}.",
         "Look at them: wrong labels and images that show both come first. Then more images of these two.")
 
@@ -486,9 +491,10 @@ def _felt(d):
     "Are the penalties felt?"
     for name,(lam,share) in d.shares.items():
         if not lam: continue # watched alone
-        told = f"{name} made up {share:.3f} of the gradient."
-        if share<FELT[0]: yield Finding('do', told,
-            f"It is hardly felt: try lam={lam*FELT[0]*5/max(share, 1e-3):.2g}, for a share of about a tenth.")
+        told = f"{name} made up {share:.2g} of the gradient."
+        if share<1e-3: yield Finding('do', told, f"It is not felt at all: try lam={100*lam:.2g}, and look again.")
+        elif share<FELT[0]: yield Finding('do', told,
+            f"It is hardly felt: try lam={lam*.1/share:.2g}, for a share of about a tenth.")
         elif share>FELT[1]: yield Finding('do', told, f"It rules the training: try lam={lam/5:.2g}.")
         else: yield Finding('well', told)
 

@@ -135,7 +135,7 @@ def divide_time(
             times = epoch,judging,jobs
             if total<=budget: return _fitted(names, n_methods, shape, budget, free, epochs or usual_epochs, times)
             if 'methods' not in free: break
-        before = None
+        before = shape['methods']
     least = f"{counted(shape['methods'], 'method')}, {counted(shape['seeds'], 'seed')} and " \
         f"{counted(shape['epochs'], 'epoch')}"
     raise ValueError(f"a time of {duration(budget)} is too short: {least} take about {duration(total)}. "
@@ -145,7 +145,9 @@ def divide_time(
 def _fitted(names, n_methods, shape, budget, free, usual_epochs, times):
     "The budget of a shape that fits, with more epochs and seeds where there is time"
     n_seeds,n_epochs = shape['seeds'],shape['epochs']
-    def fits(seeds, epochs): return n_methods==len(names) and seconds_for(n_methods, seeds, epochs, *times)<=budget
+    def fits(seeds, epochs):
+        more = n_methods==len(names) or seeds==n_seeds and epochs<=usual_epochs # else methods come first
+        return more and seconds_for(n_methods, seeds, epochs, *times)<=budget
     for longer in LONGER:
         while 'epochs' in free and n_epochs<longer*usual_epochs and fits(n_seeds, n_epochs+1): n_epochs += 1
         while 'seeds' in free and n_seeds<10 and fits(n_seeds+1, n_epochs): n_seeds += 1
@@ -323,9 +325,11 @@ def advise(
     if list(valid)==['none'] and methods is not None: return "There is only plain training: name a method to compare."
     if valid.shape[1]<2 or not len(shared): return "No other method shares a seed with plain training yet."
     chosen = shared.mean().drop('none').idxmax()
+    unfit = ' '.join(filter(None, unfit_words(done[done.method=='none'])))
     if shared.mean()[chosen]<=shared.mean()['none']:
+        then = unfit or f"Use plain training. {other_ways(done)}".rstrip()
         return f"No method beat plain training on the validation images; the closest was {chosen} " \
-            f"({_versus(shared, chosen)}). Use plain training. {other_ways(done)}".rstrip()
+            f"({_versus(shared, chosen)}). {then}"
     test = done.pivot_table(index='seed', columns='method', values='accuracy')[['none',chosen]].dropna()
     mean,low,high = mean_and_interval(test[chosen]-test['none'], 1/folds if folds else 0.)
     size = f"{100*mean:+z.1f} points" + (f" [{100*low:+z.1f}, {100*high:+z.1f}]" if math.isfinite(low) else '')
@@ -334,7 +338,7 @@ def advise(
         f"On the test images: {_versus(test, chosen)}, {size}, {counted(len(test), 'seed')}" \
         f"{'; unlike the table, this interval counts that the parts share training images' if folds else ''}."
     if not math.isfinite(low): return f"{first} One seed cannot tell luck from effect: give more time."
-    if unfit := ' '.join(filter(None, unfit_words(done[done.method=='none']))): return f"{first} {unfit}"
+    if unfit: return f"{first} {unfit}"
     if low>0: return f"{first} Use {chosen} on these images."
     if high<0: return f"{first} On the test images it is worse: use plain training."
     return f"{first} Nothing is shown: the interval contains zero. Use plain training. {other_ways(done)}".rstrip()

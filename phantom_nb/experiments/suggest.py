@@ -69,6 +69,7 @@ class Effect:
     singles:tuple # effect in each of the nearest settings, points
     shown:tuple = () # names of the nearest settings in which it is shown to help, corrected for all of the atlas
     harms:tuple = () # those in which it is shown to harm
+    best:str = '' # as `weight`, chosen in the first of `shown`
 
     @property
     def recommended(self)->bool: # whether it passes the rule
@@ -100,7 +101,8 @@ def effects_near(
         mean,weight = sum(singles)/len(here),here[0]['weight']
         shown,harms = (tuple(name for name in near if told['effects'].get(name, {}).get('helps')==word)
             for word in ('yes','no'))
-        found.append(Effect(method, mean, error, told['helps'], told['cost'], weight, singles, shown, harms))
+        best = told['effects'][shown[0]]['weight'] if shown else ''
+        found.append(Effect(method, mean, error, told['helps'], told['cost'], weight, singles, shown, harms, best))
     return sorted(found, key=lambda effect: -effect.mean)
 
 # %% ../../nbs/experiments/suggest.ipynb #ff35ac62
@@ -115,8 +117,8 @@ def suggest(
     alike = any(table['settings'][name].get('pretrained', False)==mine.pretrained for name,_ in near)
     lines = [*_caution(near, alike), "Nearest settings that were tried:"]
     lines += [f"  {name} ({table['settings'][name]['about']}), {far:.1f} steps away" for name,far in near]
-    lines += [STEP, "", "Effect on test accuracy there, in points: mean (95 %); in each (* shown there); "
-        "is it shown to help over all?"]
+    lines += [STEP, "", "Effect on test accuracy there, in points: mean (± two standard errors of the seeds); "
+        "in each (* shown there); is it shown to help over all?"]
     for effect in effects[:5]:
         known = table['methods'][effect.method]['effects']
         def one(name): return f"{known[name]['diff']:+z.1f}{'*' if name in effect.shown+effect.harms else ''}"
@@ -138,8 +140,8 @@ def _advice(effects):
             "  Augmentation, a tuned learning rate and enough epochs come first; more images help most."]
         shown = [e for e in effects if e.shown]
         lines += [f"  Shown to help in {' and '.join(e.shown)}, corrected for all methods and settings: {e.method}, "
-            f"{e.weight}. Not shown over all settings, so compare it on your images: phantom_nb compare --data FOLDER "
-            f"--methods {e.method}:{e.weight}" for e in shown]
+            f"{e.best}. Not shown over all settings, so compare it on your images: phantom_nb compare --data FOLDER "
+            f"--methods {e.method}:{e.best}" for e in shown]
         lines += [f"  Shown to harm in {' and '.join(e.harms)}: {e.method}." for e in effects if e.harms]
         felt = [e for e in effects if not e.shown and e.mean>3*e.error and min(e.singles)>=WORTH]
         if not felt: return lines

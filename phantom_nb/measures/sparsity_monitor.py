@@ -288,7 +288,7 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
         layers:type|str|Callable|list|None=None, # see `select_layers`; None for all activations, modules and functions
         act:Callable|None=None, # function of what the layers put out, for activations that are written by hand
         channel_dim:int|None=None, # 1 or -1; None to go by the layers
-        share:float=.15, # part of the batches that is watched at least, in (0,1]: every k-th, and one of each kind
+        share:float=.15, # about this part of the batches is watched, in (0,1]: every k-th, and one of each kind
         images:int=64, # of a watched batch that are measured, >= 2; for `positions` a sixteenth of them
         over:str='samples', # measure of pictures and alarm: 'units', 'samples', 'positions'
         rise:float=.01, # of the alarm, see `sparsity_alarm`, >= 0
