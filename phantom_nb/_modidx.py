@@ -1004,6 +1004,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'phantom_nb/experiments/methods.py'),
                                                 'phantom_nb.experiments.methods.Pieces': ( 'experiments/methods.html#pieces',
                                                                                            'phantom_nb/experiments/methods.py'),
+                                                'phantom_nb.experiments.methods._as_known': ( 'experiments/methods.html#_as_known',
+                                                                                              'phantom_nb/experiments/methods.py'),
                                                 'phantom_nb.experiments.methods._augment': ( 'experiments/methods.html#_augment',
                                                                                              'phantom_nb/experiments/methods.py'),
                                                 'phantom_nb.experiments.methods._callback': ( 'experiments/methods.html#_callback',

@@ -747,7 +747,7 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
 
 def _at_home(word):
     "A word with ~ at the beginning of its path spelled out, as no shell does behind ="
-    option,sign,path = word.rpartition('=') if word.startswith('--') else ('','',word)
+    option,sign,path = word.partition('=') if word.startswith('--') else ('','',word)
     return f'{option}{sign}{os.path.expanduser(path)}'
 
 def main(

@@ -233,6 +233,10 @@ def all_methods()->list: # names
     "List the methods that differ from one another at their defaults, without those beside the papers (ours)."
     return [name for name,method in METHODS.items() if not (method.same_as or method.rival)]
 
+def _as_known(value, default):
+    "3 is 3.0 where a fraction may stand: both are the same run"
+    return float(value) if type(value) is int and type(default) is float and abs(value)<1e300 else value
+
 def full_settings(
     method:str, # a key of `METHODS`, or several joined by '+'
     settings:dict # the settings that differ from the defaults
@@ -245,10 +249,7 @@ def full_settings(
     with Refusals() as check:
         for name,value in settings.items():
             if name in known: check(_check_kind, name.split('.')[-1], value, known[name])
-    def as_known(name, value): # 3 is 3.0 where a fraction may stand: both are the same run
-        whole_one = type(value) is int and type(known.get(name)) is float and abs(value)<1e300
-        return float(value) if whole_one else value
-    settings = {name:as_known(name, value) for name,value in settings.items()}
+    settings = {name:_as_known(value, known.get(name)) for name,value in settings.items()}
     kept = {name:value for name,value in settings.items() if name not in rare or value!=rare[name]}
     return {**defaults, **kept}
 

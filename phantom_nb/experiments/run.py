@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..checks import Refusals, number, one_of, share, true_or_false, whole
 from ..data.registry import DATASETS, PHOTOS
-from .methods import full_settings, hashed_settings
+from .methods import _as_known, full_settings, hashed_settings
 
 # %% ../../nbs/experiments/run.ipynb #20455756
 DATA_NAMES = tuple(DATASETS)
@@ -126,10 +126,7 @@ class Run:
             if getattr(self, name) is not None: smallest[name] = 1
         for name,low in smallest.items():
             object.__setattr__(self, name, check(whole, name, getattr(self, name), low))
-        for field in fields(self): # 2 is 2.0 where a fraction may stand: both are the same run
-            value = getattr(self, field.name)
-            if type(field.default) is float and type(value) is int and abs(value)<1e300:
-                object.__setattr__(self, field.name, float(value))
+        for field in fields(self): object.__setattr__(self, field.name, _as_known(getattr(self, field.name), field.default))
         for name in ('lr','width','depth'): check(number, name, getattr(self, name), above=0)
         for name in ('mom','label_noise'): check(number, name, getattr(self, name), at_least=0, below=1)
         check(number, 'stop_loss', self.stop_loss, at_least=0)
