@@ -126,7 +126,8 @@ class Run:
             if getattr(self, name) is not None: smallest[name] = 1
         for name,low in smallest.items():
             object.__setattr__(self, name, check(whole, name, getattr(self, name), low))
-        for field in fields(self): object.__setattr__(self, field.name, _as_known(getattr(self, field.name), field.default))
+        for field in fields(self):
+            object.__setattr__(self, field.name, _as_known(getattr(self, field.name), field.default))
         for name in ('lr','width','depth'): check(number, name, getattr(self, name), above=0)
         for name in ('mom','label_noise'): check(number, name, getattr(self, name), at_least=0, below=1)
         check(number, 'stop_loss', self.stop_loss, at_least=0)
