@@ -113,6 +113,8 @@ def test_a_seed_pairs_on_one_kind_of_machine(recorded):
     assert seed_differences(both)['diff'].max()==pytest.approx(.02) # two weights of three are not enough
     elsewhere = recorded[recorded.method!='none'].assign(machine='another') # without plain training it is no match, and takes nothing away
     assert len(seed_differences(pd.concat([elsewhere, recorded], ignore_index=True)))==len(seed_differences(recorded))
+    with pytest.raises(ValueError, match='record both'): seed_differences(recorded[recorded.method=='none'])
+    with pytest.raises(ValueError, match='record both'): seed_differences(recorded[recorded.method!='none'])
 
 def test_pairs(recorded):
     gains = pair_gains(recorded)

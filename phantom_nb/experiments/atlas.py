@@ -95,7 +95,7 @@ def seed_differences(
     df:pd.DataFrame, # as `load_atlas` gives
     metric:str='accuracy' # what is judged
 )->pd.DataFrame: # one row a setting, method and seed: value, plain, diff
-    "Subtract plain training from every method, seed by seed (equation 1)."
+    "Subtract plain training from every method, seed by seed (equation 1); `ValueError` if nothing pairs."
     rows,same = [],['setting','seed','machine']
     single = df[df.planned & ~df.method.str.contains('+', regex=False)]
     plain = single[(single.method=='none') & (single.status=='done')].set_index(same)[metric].rename('plain')
@@ -105,6 +105,7 @@ def seed_differences(
         found = chosen_values(runs, metric).rename('value').rename_axis('seed').reset_index()
         machine = found.seed.map(dict(zip(runs.seed, runs.machine)))
         rows.append(found.assign(setting=setting, method=method, machine=machine))
+    if not rows: raise ValueError("no method here has runs beside plain training on the same machine: record both")
     table = pd.concat(rows, ignore_index=True).join(plain, on=same).dropna()
     enough = table.groupby(['setting','method']).seed.transform('count')>=FEWEST_SEEDS
     return table[enough].assign(diff=lambda t: t.value-t.plain)[['setting','method','seed','value','plain','diff']]

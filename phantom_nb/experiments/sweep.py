@@ -318,7 +318,7 @@ def run_sweep(
     on_study:Callable=_nothing, # called with every study's trials as they are there
     **kwargs # `engine`, `jobs`, `device`, `retries` and `address`, see `spread`
 )->tuple: # frame of the judged rows, frame of the trials (empty without tuning)
-    "Run what is not recorded yet of an experiment, and return what is; keep it after an interrupt too (ours)."
+    "Run what is not recorded yet of an experiment, and return what is; keep it after an interrupt or a refusal too (ours)."
     from phantom_nb.experiments.store import restore_rows
     folder = Path(folder)
     if not (folder/'runs').exists(): restore_rows(folder/'results.jsonl', folder/'runs')
