@@ -11,6 +11,7 @@ from fastai.callback.training import GradientAccumulation
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from phantom_nb.contract import _n_hooks, check_regularizer
 from phantom_nb.data import get_dls
@@ -267,6 +268,27 @@ def test_a_loop_of_ones_own_gives_the_same_gradients(act):
         assert _n_hooks(net)==0
         return [p.grad.clone() for p in net.parameters()]
     assert all(map(torch.equal, grads(True), grads(False)))
+
+class Recomputed(nn.Module):
+    "Forgets what lies inside its block, and computes it again for the gradient"
+    def __init__(self, reentrant):
+        super().__init__()
+        self.block,self.head,self.reentrant = nn.Sequential(nn.Linear(8, 6), nn.ReLU()),nn.Linear(6, 2),reentrant
+    def forward(self, x): return self.head(checkpoint(self.block, x.requires_grad_(), use_reentrant=self.reentrant))
+
+def test_activations_without_a_graph_are_refused():
+    "Reentrant checkpoints compute them under no_grad, where the penalty would be a constant"
+    def bias_grad(lam):
+        torch.manual_seed(0)
+        net,x,y = Recomputed(False),randn(16, 8),torch.arange(16)%2
+        with attach(net, TargetedSparsity(lam, 'all')) as penalty: (F.cross_entropy(net(x), y)+penalty(y)).backward()
+        return net.block[0].bias.grad
+    assert not torch.equal(bias_grad(0.), bias_grad(1.))
+    net = Recomputed(True)
+    with attach(net, TargetedSparsity(1., 'all')) as penalty, pytest.raises(ValueError, match='use_reentrant=False'):
+        net(randn(16, 8))
+        penalty(torch.arange(16)%2)
+    assert _n_hooks(net)==0
 
 def test_auto_in_a_loop_of_ones_own_is_told_when_an_epoch_ends():
     net,reg = create_model('small_cnn', size=8, seed=0),TargetedSparsity(1., 'auto', rechoose=2)

@@ -86,6 +86,7 @@ class TargetedSparsity(Regularizer):
         self.chosen = list[str]() # names aimed at; empty for all that are watched
         self.history = dict[str,list]() # name -> mean sparsity of every epoch, for 'auto'
         self.outputs = dict[str,tuple]() # name -> (copy of this batch's activations, axis of their channels)
+        self._cut = set[str]() # names of those that were computed without a graph
         self._epoch = list[torch.Tensor]()
         self._names = list[str]()
         self._together = False
@@ -114,7 +115,9 @@ class TargetedSparsity(Regularizer):
     # Every batch
     def open(self):
         self.close()
-        def keep(name, a, dim): self.outputs[name] = (a.clone(), dim) # a copy: what follows may work in place
+        def keep(name, a, dim):
+            self.outputs[name] = (a.clone(), dim) # a copy: what follows may work in place
+            if not torch.is_grad_enabled(): self._cut.add(name)
         self._hooks = self.watched.watching(keep)
         self._hooks.__enter__()
 
@@ -125,6 +128,7 @@ class TargetedSparsity(Regularizer):
     def close(self):
         self._leave()
         self.outputs = {}
+        self._cut.clear()
 
     def aimed_at(self)->list: # names
         "Name the layers that the penalty acts on now."
@@ -146,6 +150,9 @@ class TargetedSparsity(Regularizer):
     def penalty(self)->torch.Tensor: # scalar >= 0
         "Average the excess over the target, and the correlations, over the layers aimed at (eq. 3)."
         if not self.outputs: raise self.watched.nothing_seen()
+        if self._cut.issuperset(self.aimed_at()):
+            raise ValueError("the activations aimed at were computed under torch.no_grad, so the penalty could not act: "
+                "checkpoint with use_reentrant=False, or aim at other layers")
         measured = self.sparsities()
         if self.layers=='auto': self._epoch.append(torch.stack([s.detach() for s,rho in measured.values()]))
         self._names[:] = measured
