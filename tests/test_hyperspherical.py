@@ -8,14 +8,18 @@ from fastai.basics import Learner
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phantom_nb.contract import check_regularizer
+from phantom_nb.core import read_weight, select_layers
 from phantom_nb.data import get_dls
 from phantom_nb.experiments.bench import plain_energy
 from phantom_nb.plain import attach
 from phantom_nb.regularizers.energy import _fits_padding
 from phantom_nb.regularizers.hyperspherical import MHE, CoMHE, authors_factors, hyperspherical_energy
+from phantom_nb.regularizers.orthogonality import Orthogonality, SquaredCosine
+from phantom_nb.regularizers.smoothness import SpectralPenalty
 
 REF = Path(__file__).parent/'reference'
 ARRAYS = np.load(REF/'hyperspherical.npz')
@@ -288,6 +292,40 @@ def test_padding_is_for_small_layers_on_a_gpu():
 
 def test_energies_before_a_fit_say_what_to_do():
     with pytest.raises(ValueError, match='fit first'): MHE().energies()
+
+def test_layers_of_one_input_have_no_angles():
+    "Sixteen copies of left and right would be at distance 0, and drown the rest"
+    model = nn.Sequential(nn.Conv2d(1, 16, 1), nn.Conv2d(16, 8, 3))
+    with attach(model, mhe := MHE()): assert list(mhe.energies())==['1'] and mhe.penalty()<20
+    with pytest.raises(ValueError, match='or one input'), attach(nn.Sequential(nn.Conv2d(1, 16, 1)), MHE()): pass
+
+def test_a_shared_weight_is_the_output_layer_if_the_last_module_has_it():
+    first,middle,last = [nn.Linear(8, 8) for _ in range(3)]
+    last.weight = first.weight
+    net = nn.ModuleDict(dict(first=first, middle=middle, last=last))
+    assert list(select_layers(net, 'output'))==['first'] and list(select_layers(net, 'hidden'))==['middle']
+    with attach(net, mhe := MHE(half_space=True)):
+        want = 10*hyperspherical_energy(first.weight)+hyperspherical_energy(middle.weight, half_space=True)
+        assert torch.isclose(mhe.penalty(), want)
+
+@pytest.mark.parametrize('make', [MHE, SquaredCosine, CoMHE, partial(CoMHE, 'angle', k=4), partial(CoMHE, 'group', k=4), Orthogonality, SpectralPenalty],
+    ids=lambda f: f.func.__name__+f.args[0] if isinstance(f, partial) else f.__name__)
+def test_reading_a_weight_does_not_train_it(make):
+    "Each reading of a spectral norm moves its vectors, in training"
+    def trained(*cbs):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), spectral_norm(nn.Conv2d(8, 8, 3)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            spectral_norm(nn.Linear(8, 10)))
+        fit(net, list(cbs))
+        for cb in cbs: cb.penalty()
+        return {k:v.clone() for k,v in net.state_dict().items()},net
+    (plain,_),(idle,net) = trained(),trained(make(lam=0.))
+    assert all(torch.equal(plain[k], idle[k]) for k in plain)
+    assert all(m.training for m in net.train().modules())
+    net(torch.randn(1, 1, 8, 8))
+    u = net[2].parametrizations.weight[0]._u.clone()
+    used = net[2].parametrizations.weight[0].eval()(net[2].parametrizations.weight.original)
+    assert torch.equal(read_weight(net.train()[2]), used) and torch.equal(u, net[2].parametrizations.weight[0]._u)
 
 def test_only_depthwise_is_refused():
     with pytest.raises(ValueError, match="one neuron a group"): fit(Odd(), MHE(layers='c'))

@@ -4,7 +4,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from phantom_nb.plain import attach
-from phantom_nb.regularizers.orthogonality import FORMS, Orthogonality, _start, orthogonality, squared_cosine
+from phantom_nb.regularizers.orthogonality import FORMS, Orthogonality, SquaredCosine, _start, orthogonality, squared_cosine
 
 sizes = st.integers(1, 8)
 
@@ -33,6 +33,15 @@ def test_groups_add_up_and_steps_share_a_start(form):
 def test_refusals():
     with pytest.raises(ValueError, match="did you mean 'spectral'"): Orthogonality(form='spectrl')
     with pytest.raises(ValueError, match='power_steps=0'): Orthogonality(power_steps=0)
+    for steps in (0, 1.5): # 2.0 is whole
+        with pytest.raises(ValueError, match=f'steps={steps}'): orthogonality(torch.eye(3), 'spectral', steps=steps)
+    assert orthogonality(torch.ones(3, 2), 'spectral', steps=2.)==orthogonality(torch.ones(3, 2), 'spectral')
+    with pytest.raises(ValueError, match="no paper's"): SquaredCosine.paper()
+
+def test_autocast_does_not_reach_in():
+    w = torch.randn(64, 576)
+    with torch.autocast('cpu', dtype=torch.bfloat16): e = squared_cosine(w)
+    assert torch.equal(e, squared_cosine(w))
 
 def test_soft_is_the_loop():
     w = torch.randn(5, 3, dtype=torch.float64)

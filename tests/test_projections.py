@@ -16,6 +16,7 @@ from phantom_nb.models import create_model
 from phantom_nb.regularizers.hyperspherical import MHE, CoMHE, adversarial_energy, angle_distortion, angle_preserving_energy
 from phantom_nb.plain import attach
 from phantom_nb.regularizers.hyperspherical import expected_energy, group_energy, hyperspherical_energy, projected_energy
+from phantom_nb.regularizers.projections import cosines, split_coordinates
 
 REF = Path(__file__).parent/'reference'
 ARRAYS = np.load(REF/'hyperspherical.npz')
@@ -121,6 +122,7 @@ def test_autocast_does_not_reach_in():
     for f,a in ((projected_energy, (p,)), (angle_preserving_energy, (p,.1)), (adversarial_energy, (p,.1)), (angle_distortion, (p,)), (group_energy, (3,))):
         with torch.autocast('cpu', dtype=torch.bfloat16): e = f(w, *a)
         assert torch.equal(e, f(w, *a))
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(cosines(w), cosines(w.clone())) and cosines(w).dtype==torch.float32
 
 @pytest.mark.parametrize('f,args', [(projected_energy, ()), (angle_preserving_energy, (.1,)), (adversarial_energy, (.1,))])
 def test_compiles_in_one_graph(f, args):
@@ -264,6 +266,13 @@ def test_foreign_state_is_refused(tmp_path):
         b = learner(Odd(), CoMHE(**o), path=tmp_path)
         b.load('a')
         with pytest.raises(ValueError, match='load them with the options they were saved with'): fit(b)
+        b = learner(Odd(), CoMHE(**o), path=tmp_path)
+        b.load('a')
+        with pytest.raises(ValueError, match='load them with the options they were saved with'): fit(b)
+    fit(learner(Odd(), CoMHE(k=8), path=tmp_path)).save('c')
+    drawn = learner(Odd(), CoMHE(k=4, m=3), path=tmp_path)
+    drawn.load('c')
+    with pytest.raises(ValueError, match=r'\(1, 1, 8, 36\).*needs.*\(1, 3, 4, 36\)'): fit(drawn)
 
 def test_projections_follow_the_weights():
     learn = learner(Odd().double(), CoMHE('angle', k=10))
@@ -309,6 +318,17 @@ def test_groups_are_whole_channels(size, n):
     cb = CoMHE('group')
     cb.selected = dict(a=nn.Conv2d(8, 4, size))
     assert cb.n_groups('a', 8*size*size)==n
+
+def test_uneven_groups_do_not_cut_channels():
+    "Three channels of two numbers in two groups: two channels, and one that ends in zeros"
+    w = torch.arange(1., 7.).expand(1, 1, 4, 6)
+    longer,shorter = split_coordinates(w, 2, size=2)[0,:,0,0]
+    assert longer.tolist()==[1, 2, 3, 4] and shorter.tolist()==[5, 6, 0, 0]
+    conv = nn.Conv2d(3, 8, 3)
+    with attach(nn.Sequential(conv, nn.Conv2d(8, 4, 3)), cb := CoMHE('group', k=18, m=0, first_layer='project')):
+        stack = next(stack for stack in cb.stacks if stack.shape[2]==27)
+        parts = cb.project_stacks({stack:cb.stack_weights(cb.stacks[stack], True)}, False)[stack][0,:,0]
+    assert torch.equal(parts[0], conv.weight[:,:2].flatten(1)) and torch.equal(parts[1,:,:9], conv.weight[:,2].flatten(1)) and not parts[1,:,9:].any()
 
 @pytest.mark.parametrize('size', [1, 3, 5, 7])
 def test_groups_of_one_channel(size):
@@ -400,12 +420,14 @@ def test_paper_roles_on_cnn9():
 
 @pytest.mark.parametrize('o,what', [(dict(steps=1), 'steps=1'), (dict(projection='group', m=-1), 'm=-1'), (dict(projection='expected', redraw=1), 'redraw=1'), (dict(projection='expected', k=3), 'k=3'),
     (dict(projection='expected', s=1.), 's=1.0'), (dict(projection='expected', output_layer='project'), 'output_layer'), (dict(output_layer='x'), "'x'"),
-    (dict(k=2.5), 'k=2.5'), (dict(p_lr=-1.), 'p_lr=-1.0'), (dict(seed=-1), 'seed=-1'), (dict(s=-1.), 's=-1.0')], ids=str)
+    (dict(unrolled=True), 'unrolled=True'), (dict(projection='group', share_basis=True), 'share_basis=True'), (dict(projection='expected', reduce='max'), "reduce='max'"),
+    (dict(m=5, per_neurons=8), 'per_neurons=8'), (dict(projection='expected', half_space=False), 'half_space=False'), (dict(k=2.5), 'k=2.5'), (dict(p_lr=-1.), 'p_lr=-1.0'), (dict(seed=-1), 'seed=-1'), (dict(s=-1.), 's=-1.0')], ids=str)
 def test_callback_refuses_at_construction(o, what):
     with pytest.raises(ValueError, match=what): CoMHE(**o)
 
 def test_nothing_to_project_is_refused():
     with pytest.raises(ValueError, match=r'k=100: no layer to project.*\[9, 36, 8'): fit(learner(Odd(), CoMHE(k=100)))
+    with pytest.raises(ValueError, match="the output layer alone.*output_layer='project'"): fit(learner(Odd(), CoMHE(layers='output')))
 
 SETTINGS = [dict(projection='random', m=3, redraw=3, reduce='max'), dict(projection='angle', unrolled=True, k=5, m=2, share_basis=True, output_layer='project'),
     dict(projection='adversarial', steps=2, redraw=3, first_layer='project', k=8), dict(projection='group', reduce='max', m=2, redraw=2), dict(projection='expected'),

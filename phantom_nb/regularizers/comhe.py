@@ -15,7 +15,7 @@ from fastcore.basics import store_attr
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..checks import number, one_of, whole
-from ..core import select_layers, weight_view
+from ..core import read_weight, select_layers, weight_view
 from .energy import MHE, Form, Stack, _wide
 from .projections import REDUCE, SLOPES, cosines, expected_of, project, projected_energies
 from .projections import split_coordinates
@@ -28,7 +28,7 @@ ROLES = 'project','half','full','skip'
 
 def _area_inside(module):
     "Numbers of a channel if its weight has the channels last in memory, else 1"
-    w = module.weight
+    w = read_weight(module)
     lies = not isinstance(module, _ConvTransposeNd) and w.movedim(1, -1).is_contiguous()
     return math.prod(w.shape[2:]) if lies else 1
 
@@ -50,8 +50,8 @@ class CoMHE(MHE):
         lam:float|Callable=1., # weight >= 0, or an annealer
         k:int|None=None, # dimensions to project to, or coordinates a group (about; see `n_groups`), >= 1
         m:int|None=None, # projections of a layer, >= 1; or groups that are drawn, 0 for all of them
-        redraw:int|None=None, # steps from one random draw to the next, >= 0; 0 for never
-        steps:int|None=None, # updates of a learned projection a step, >= 0
+        redraw:int|None=None, # penalties (one every `every` steps) from one draw to the next, >= 0; 0 for never
+        steps:int|None=None, # updates of a learned projection a penalty, >= 0
         unrolled:bool=False, # one more update inside the penalty, for projections with `steps`
         per_neurons:int=0, # `m` is neurons // this (the authors' pnd), >= 0; 0 for `m`
         reduce:str='mean', # over the m projections: 'mean' or 'max'
@@ -60,7 +60,7 @@ class CoMHE(MHE):
         output_layer:str='full', # as for the first layer
         p_lr:float|None=.1, # rate of the updates, >= 0; None for the network's at that step
         seed:int=0, # of the generator that projections and groups are drawn from, >= 0
-        half_space:bool=True, # half-space energy for hidden layers
+        half_space:bool=True, # half-space energy of what is projected, and of layers too narrow to be
         **kwargs # s, angular, hidden, output, eps, every and layers of `MHE`
     ): # k, m, redraw and steps: None as in `DEFAULTS`
         super().__init__(lam, half_space=half_space, **kwargs)
@@ -78,24 +78,33 @@ class CoMHE(MHE):
         if p_lr is not None: number('p_lr', p_lr, at_least=0, what="None for the network's rate, or a number")
         self.learns,self.alone = projection in SLOPES, projection=='expected'
         self.per_neurons = whole('per_neurons', per_neurons, at_least=0)
-        if per_neurons and (projection in ('expected','group') or share_basis):
-            raise ValueError(f"per_neurons={per_neurons!r}: only layers with projections of their own count them")
-        if self.p_steps and not self.learns:
-            raise ValueError(f"steps={steps!r}: {projection!r} projections have nothing to learn, leave it out")
-        if projection=='expected' and (m>1 or redraw):
-            raise ValueError(f"m={m!r}, redraw={redraw!r}: nothing is drawn for 'expected', leave both out")
-        if projection=='expected' and output_layer=='project':
-            raise ValueError("output_layer='project': the mean over projections is known in half space, and the output "
-                "layer is in full space; give 'full' or 'half'")
-        if projection=='expected' and (self.s!=2 or self.angular or not half_space):
-            raise ValueError(f"projection='expected' with s={self.s!r}, angular={self.angular!r}, half_space="
-                f"{half_space!r}: the mean over projections is known for s=2 in half space, take 'random' for others")
+        self._refuse(given)
         self.gen = torch.Generator().manual_seed(seed)
         self.basis = {} # stack, or fan-in with `share_basis` -> projections (l,m,k,d), or chosen groups (m,)
         self.draw = None # seed of the last draw
-        self.age = 0 # steps since the first draw
+        self.age = 0 # penalties since the first draw
         self._shapes = {}
         self._saved = self._advanced_at = None
+
+    def _refuse(self, given):
+        "Raise a `ValueError` for options that contradict the projection, or mean nothing for it"
+        def refuse(told, why): raise ValueError(f"{told} with projection={self.projection!r}: {why}")
+        own = self.projection not in ('expected','group')
+        if self.per_neurons and not (own and not self.share_basis and 'm' not in given):
+            refuse(f"per_neurons={self.per_neurons!r}",
+                "it stands for `m` where each layer has projections of its own, give neither `m` nor share_basis")
+        if not self.learns and (self.p_steps or self.unrolled):
+            refuse(f"steps={self.p_steps!r}, unrolled={self.unrolled!r}", "there is nothing to learn, leave both out")
+        if self.share_basis and not own: refuse("share_basis=True", "layers have no matrices to share, leave it out")
+        if not self.alone: return
+        if self.m>1 or self.redraw or self.reduce!='mean':
+            refuse(f"m={self.m!r}, redraw={self.redraw!r}, reduce={self.reduce!r}", "nothing is drawn, leave them out")
+        if self.output_layer=='project':
+            refuse("output_layer='project'", "the mean over projections is known in half space, and the output layer "
+                "is in full space, give 'full' or 'half'")
+        if self.s!=2 or self.angular or not self.half_space:
+            refuse(f"s={self.s!r}, angular={self.angular!r}, half_space={self.half_space!r}",
+                "the mean over projections is known for s=2 in half space, take 'random' for others")
 
     @classmethod
     def paper(cls, # type: ignore[override] # each class has options of its own
@@ -114,8 +123,14 @@ class CoMHE(MHE):
         fan_in:int # numbers of a neuron, >= 1
     )->int: # parts, as even as can be, of about `k` numbers (rounded up to whole channels)
         "Count the groups of coordinates of a layer."
-        area = math.prod(getattr(self.selected[name], 'kernel_size', (1,)))
+        area = self.channel_area(name)
         return -(-fan_in // (area*-(-self.k//area)))
+
+    def channel_area(self,
+        name:str # of a layer
+    )->int: # >= 1
+        "Count the numbers of a channel of a layer's kernel."
+        return math.prod(getattr(self.selected[name], 'kernel_size', (1,)))
 
     def n_projections(self,
         stack:Stack # layers of one shape
@@ -140,6 +155,9 @@ class CoMHE(MHE):
         self.roles = {name:self.role(name, shape[2]) for name,shape in shapes.items()}
         if 'project' in self.roles.values(): return {name:Stack(role, name==self.last, shapes[name])
             for name,role in self.roles.items() if role!='skip'}
+        if [*shapes]==[self.last] and self.output_layer!='project':
+            raise ValueError(f"layers={self.layers!r} is the output layer alone, which is not projected: give "
+                "output_layer='project', or use MHE")
         raise ValueError(f"k={self.k!r}: no layer to project, the fan-ins of {list(shapes)} are "
             f"{[d for *_,d in shapes.values()]}: give a smaller k or first_layer='project', or use MHE")
 
@@ -177,7 +195,7 @@ class CoMHE(MHE):
 
     def make_basis(self)->None:
         "Make what the seed `draw` stands for, on the device and in the precision of the weights."
-        like = _wide(next(iter(self.selected.values())).weight.detach())
+        like = _wide(weight_view(next(iter(self.selected.values()))).detach())
         self.basis = {}
         if self.projection=='expected' or self.draw is None: return
         if self.projection=='group':
@@ -191,10 +209,11 @@ class CoMHE(MHE):
         self.basis = {key:p.view(shape) for p,(key,shape) in zip(ps, self._shapes.items())}
 
     def state_dict(self)->dict:
-        "Add the generator, the seed and age of the draw, and learned projections."
+        "Add the shapes of the projections, the generator, the seed and age of the draw, and what was learned."
         state = super().state_dict()
         if self.draw is None: return state
-        state |= dict(projection=self.projection, gen=self.gen.get_state(), draw=self.draw, age=self.age)
+        state |= dict(projection=self.projection, shapes=list(self._shapes.values()))
+        state |= dict(gen=self.gen.get_state(), draw=self.draw, age=self.age)
         return state | dict(basis=list(self.basis.values())) if self.learns else state
 
     def load_state_dict(self,
@@ -209,7 +228,7 @@ class CoMHE(MHE):
     )->None:
         "Take over a state; raise a `ValueError` if it belongs to other projections."
         need = list(self._shapes.values())
-        have = [tuple(p.shape) for p in state['basis']] if 'basis' in state else need
+        have = state.get('shapes', need)
         if (state['projection'],have)!=(self.projection,need):
             raise ValueError(f"the loaded projections are {state['projection']} {have}, but projection="
                 f"{self.projection!r} needs {need}: load them with the options they were saved with")
@@ -269,7 +288,9 @@ class CoMHE(MHE):
         if advance: self.advance(ws, cs)
         if self.projection=='expected': return {stack:w[:,None] for stack,w in ws.items()}
         if self.projection=='group':
-            return {stack:split_coordinates(w, self._shapes[stack], self.basis[stack]) for stack,w in ws.items()}
+            areas = {stack:self.channel_area(self.stacks[stack][0]) for stack in ws}
+            return {stack:split_coordinates(w, self._shapes[stack], self.basis[stack], areas[stack])
+                for stack,w in ws.items()}
         ps = self.basis
         if self.learns and self.unrolled: ps = {key:ps[key]+step for key,step in self.steps_of_basis(ws, cs).items()}
         return {stack:project(w, _reordered(ps[self.key(stack)], self.kernel_area(stack))) for stack,w in ws.items()}

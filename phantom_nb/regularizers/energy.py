@@ -396,13 +396,15 @@ class MHE(Regularizer):
         return cls(lam, s, half_space, angular, **{**authors_factors(s, angular), 'eps':1e-4, **kwargs})
 
     def setup(self):
-        "Sort the layers into stacks of equal shape; raise a `ValueError` if none has two neurons a group."
+        "Sort the layers into stacks of equal shape; a `ValueError` if none has two neurons with two inputs each."
         self.last = next(iter(select_layers(self.model, 'output')))
-        self.selected = {name:module for name,module in self.selected.items() if weight_view(module).shape[1]>1}
-        if not self.selected: raise ValueError(f"layers={self.layers!r}: all have one neuron a group, so no pairs")
+        def has_angles(module): return min(weight_view(module).shape[1:])>1 # neurons of one input point left or right
+        self.selected = {name:module for name,module in self.selected.items() if has_angles(module)}
+        if not self.selected:
+            raise ValueError(f"layers={self.layers!r}: all have one neuron a group, or one input, so no angles")
         self.stacks = {}
         for name,stack in self.sort_layers().items():
-            if self.alone and _dear_to_copy(self.selected[name].weight): stack = stack._replace(alone=name)
+            if self.alone and _dear_to_copy(weight_view(self.selected[name])): stack = stack._replace(alone=name)
             self.stacks.setdefault(stack, []).append(name)
 
     def sort_layers(self)->dict: # name -> Stack

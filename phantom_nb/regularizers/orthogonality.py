@@ -46,7 +46,7 @@ def orthogonality(
     one_of('form', form, FORMS)
     _check_some(w)
     with torch.autocast(w.device.type, enabled=False):
-        w = unit(w) if normalize else wide(w)
+        w,steps = unit(w) if normalize else wide(w), whole('steps', steps)
         n,d = w.shape[-2:]
         if form=='soft': return _soft(w).sum()
         if form=='double': return (2*_soft(w)+d-n).sum()
@@ -83,14 +83,15 @@ class Orthogonality(Regularizer):
 # %% ../../nbs/regularizers/orthogonality.ipynb #238eb123
 def squared_cosine(
     w:Tensor # (n,d) neurons, n >= 2; or (g,n,d) groups of them
-)->Tensor: # scalar, or (g,): >= 0, below 1/2
+)->Tensor: # scalar, or (g,): >= 0 up to rounding, below 1/2
     "Compute what half-space energy is to second order, a constant left out; `ValueError` for a shape (ours, eq. 6)."
     _check_neurons(w)
-    w_hat = directions(wide(w)).w_hat
-    n,d = w.shape[-2:]
-    gram = w_hat@w_hat.mT if n<=d else w_hat.mT@w_hat
-    own = w_hat.square().sum(-1).square().sum(-1) # 1 for each neuron that is not short
-    return (gram.square().sum((-2,-1))-own)/(n*(2*n-1))
+    with torch.autocast(w.device.type, enabled=False):
+        w_hat = directions(wide(w)).w_hat
+        n,d = w.shape[-2:]
+        gram = w_hat@w_hat.mT if n<=d else w_hat.mT@w_hat
+        own = w_hat.square().sum(-1).square().sum(-1) # 1 for each neuron that is not short
+        return (gram.square().sum((-2,-1))-own)/(n*(2*n-1))
 
 class SquaredCosine(MHE):
     "Penalise squared cosines, layer by layer at the weights of MHE (ours, eq. 6)."
@@ -102,6 +103,11 @@ class SquaredCosine(MHE):
         layers:type|str|Callable|list|None=None # see `select_layers`
     ):
         super().__init__(lam, hidden=hidden, output=output, every=every, layers=layers)
+
+    @classmethod
+    def paper(cls, *args, **kwargs): # refuses: it is no paper's
+        "Say that there is none."
+        raise ValueError("squared cosines are the baseline of this package and no paper's: make SquaredCosine(lam)")
 
     def group_energies(self,
         ws:list, # of (b,n,d) neurons of a stack, group after group

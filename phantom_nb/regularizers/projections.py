@@ -90,7 +90,7 @@ def expected_energy(
     w:Tensor, # (n,d) neurons, n >= 2; or (g,n,d), g groups that are not compared with one another
     k:int, # dimensions of the projections, > 3 (for fewer the mean is infinite)
     eps:float|None=None # see `hyperspherical_energy`
-)->Tensor: # scalar: mean over all Gaussian (k,d) projections of the half-space energy with s=2
+)->Tensor: # scalar: mean over all Gaussian (k,d) projections of the half-space energy with s=2, if no neuron is short
     "Compute what random projection gives on average; raise a `ValueError` for k <= 3 (ours, eq. 6)."
     whole('k', k, at_least=4)
     return expected_of(hyperspherical_energy(w, half_space=True, eps=eps), w.shape[-2], k)
@@ -118,7 +118,7 @@ def cosines(
     eps:float|None=None # see `hyperspherical_energy`
 )->Tensor: # (...,n,n) in [-1,1]
     "Compute the cosines of all pairs of neurons (eq. 7)."
-    return _Gram.apply(directions(w, eps).w_hat)
+    with torch.autocast(w.device.type, enabled=False): return _Gram.apply(directions(w, eps).w_hat)
 
 # %% ../../nbs/regularizers/projections.ipynb #5bdc65c3
 def distortion_slope(
@@ -217,15 +217,17 @@ def adversarial_energy(
 # %% ../../nbs/regularizers/projections.ipynb #4dbf70f7
 def split_coordinates(
     w:Tensor, # (l,g,n,d) neurons
-    groups:int, # parts, 1 to d
-    chosen:Tensor|None=None # (m,) indices of the parts that are wanted; None for all
-)->Tensor: # (l,m,g,n,k) parts, as equal as can be; shorter ones end in a zero
+    groups:int, # parts, 1 to d/size
+    chosen:Tensor|None=None, # (m,) indices of the parts that are wanted; None for all
+    size:int=1 # numbers that stay together, those of a channel, a divisor of d
+)->Tensor: # (l,m,g,n,k) parts, as equal as can be; shorter ones end in zeros
     "Split the coordinates of neurons into parts (Lin 2020, group CoMHE)."
-    k,rest = divmod(w.shape[-1], groups)
-    if not rest: parts = w.unflatten(-1, (groups,k))
+    k,rest = divmod(w.shape[-1]//size, groups)
+    if not rest: parts = w.unflatten(-1, (groups,k*size))
     else:
-        longer,shorter = w.split([rest*(k+1), (groups-rest)*k], -1)
-        parts = torch.cat([longer.unflatten(-1, (rest,k+1)), F.pad(shorter.unflatten(-1, (-1,k)), (0,1))], -2)
+        longer,shorter = w.split([rest*(k+1)*size, (groups-rest)*k*size], -1)
+        shorter = F.pad(shorter.unflatten(-1, (-1,k*size)), (0,size))
+        parts = torch.cat([longer.unflatten(-1, (rest,-1)), shorter], -2)
     if chosen is not None: parts = parts.index_select(-2, chosen)
     return parts.movedim(-2, 1)
 
@@ -240,5 +242,5 @@ def group_energy(
     form = Form(**energy_kw).check()
     with torch.autocast(w.device.type, enabled=False):
         x = _prepare(w)
-        whole('groups', groups, at_most=w.shape[-1], what='a whole number of parts')
+        groups = whole('groups', groups, at_most=w.shape[-1], what='a whole number of parts')
         return REDUCE[reduce](projected_energies([split_coordinates(x, groups)], form)[0])[0]

@@ -12,7 +12,7 @@ import torch
 from fastai.callback.mixup import MixHandler
 from torch import Tensor
 
-from ..core import ActivationRegularizer
+from ..core import ActivationRegularizer, read_weight
 from ..hooks import compiled_words
 from ..kinds import ReplacedLoss
 from ..measures.embeddings import as_embeddings, check_classes, class_members, find_head
@@ -115,7 +115,7 @@ class ISDA(ReplacedLoss, ActivationRegularizer):
             f"{compiled_words(self.model)}")
         y = y.as_subclass(Tensor).reshape(-1).long()
         z = as_embeddings(self.acts[name], head).float()
-        weight = head.weight.flatten(1).float()
+        weight = read_weight(head).flatten(1).float()
         moments = self.moments and tuple(m.to(z.device) for m in self.moments)
         together = on_several_processes(self.learn.model)
         z_seen,y_seen = (gather_rows(z.detach()),gather_rows(y)) if together else (z,y)

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..checks import one_of, whole
-from ..core import Regularizer
+from ..core import Regularizer, read_weight
 from ..floats import unit
 from ..hooks import catch, compiled_words, is_compiled
 
@@ -37,7 +37,7 @@ def gradient_penalty(
 # %% ../../nbs/regularizers/smoothness.ipynb #42913cbe
 def _linear(module, x):
     "Apply the layer without its bias"
-    weight = module.weight.to(x.dtype) # a network may be kept in bfloat16 or float64
+    weight = read_weight(module).to(x.dtype) # a network may be kept in bfloat16 or float64
     if isinstance(module, nn.Linear): return F.linear(x, weight)
     if isinstance(module, _ConvTransposeNd):
         convolve = getattr(F, f'conv_transpose{len(module.kernel_size)}d')
@@ -79,7 +79,7 @@ def spectral_norm(
     shape = _input_shape(module, in_shape)
     whole('steps', steps)
     start = torch.randn(1, *shape, generator=generator or torch.Generator().manual_seed(0))
-    u,v = top_vectors(module, start.to(module.weight), steps)
+    u,v = top_vectors(module, start.to(read_weight(module)), steps)
     return (u*_linear(module, v)).sum()
 
 # %% ../../nbs/regularizers/smoothness.ipynb #d1cc9b10
@@ -183,7 +183,7 @@ class SpectralPenalty(Regularizer):
         shape,v = (1, *self.shapes[name]),self.vectors.get(name)
         known = v is not None and tuple(v.shape)==shape
         if v is None or not known: v = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        v = v.to(module.weight.device, torch.float32)
+        v = v.to(read_weight(module).device, torch.float32)
         if follow or not known: v = top_vectors(module, v, self.rounds if known else 20)[1]
         self.vectors = {**self.vectors, name:v}
         out = _linear(module, v)

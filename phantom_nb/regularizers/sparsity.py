@@ -151,7 +151,7 @@ class TargetedSparsity(Regularizer):
         "Average the excess over the target, and the correlations, over the layers aimed at (eq. 3)."
         if not self.outputs: raise self.watched.nothing_seen()
         if self._cut.issuperset(self.aimed_at()):
-            raise ValueError("the activations aimed at were computed under torch.no_grad, so the penalty could not act: "
+            raise ValueError("the activations aimed at were computed under torch.no_grad, so no penalty can act: "
                 "checkpoint with use_reentrant=False, or aim at other layers")
         measured = self.sparsities()
         if self.layers=='auto': self._epoch.append(torch.stack([s.detach() for s,rho in measured.values()]))
