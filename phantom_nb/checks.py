@@ -28,8 +28,8 @@ def one_of(
     "Return `value` if it is among `choices`; else raise a `ValueError` that guesses and lists them (ours)."
     choices = list(choices)
     if value in choices: return value
-    words = [str(choice) for choice in choices]
-    near = get_close_matches(str(value), words, n=5)
+    words = [str(choice) or "''" for choice in choices]
+    near = get_close_matches(str(value), words, n=5) or get_close_matches(str(value).lower(), words, n=5)
     guess = f" (did you mean {near[0]!r}?)" if near else ''
     told = ', '.join(words)
     if near and len(words)>MANY: told = f"{', '.join(near)}, or one of the {len(words)-len(near)} others"

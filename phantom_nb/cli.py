@@ -33,7 +33,8 @@ def seconds_of(
 )->float|None: # seconds, > 0
     "Read a duration; raise a `ValueError` that shows how it is written (ours)."
     if text is None: return None
-    found = re.fullmatch(r'(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?', str(text).strip())
+    number = r'(\d+(?:\.\d+)?)'
+    found = re.fullmatch(rf'(?:{number}h(?!\d+$))?(?:{number}m)?(?:{number}s?)?', str(text).strip()) # 1h30: minutes?
     hours,minutes,seconds = (float(part or 0) for part in found.groups()) if found else (0,0,0)
     total = 3600*hours+60*minutes+seconds
     if total>0: return total
@@ -52,7 +53,7 @@ def _names(d): return ', '.join(d)
 
 Data = Annotated[str, _option(f"Data set ({_names(DATA_NAMES)}) or a folder of images: train/CLASS/*, test/CLASS/*.")]
 NTrain = Annotated[int|None, _option("Training images, class-balanced. "
-    "Default: digits 200, cifar100 5000, a folder's all, else 1000.")]
+    "Default: digits 200, cifar100 5000, a folder's all, else 1000; all with --time-budget.")]
 Methods = Annotated[str|None, _option(f"Comma-separated, joined by + to combine, a setting behind a colon "
     f"(half_mhe:lam=3), from: {_names(METHODS)}. Default: all that differ.")]
 Seeds = Annotated[int|None, _option("Runs of every method, with seeds 0, 1, ... Default: 5, or what fits the time.")]
@@ -238,7 +239,8 @@ def _check_root(root):
 
 def _check_saved(learner):
     if learner.is_file(): return
-    raise ValueError(f"no learner at {str(learner)!r}: save one with learn.export('learner.pkl'), and give its file")
+    is_a = f"{str(learner)!r} is a folder" if learner.is_dir() else f"no learner at {str(learner)!r}"
+    raise ValueError(f"{is_a}: save one with learn.export('learner.pkl'), and give its file")
 
 def _check_folder(name, folder):
     "Refuse a folder that cannot be written, before anything is computed for it"
@@ -335,11 +337,11 @@ def _write_page(console, df, mine, path):
 
 def _write_all(console, runs, out):
     "The page of a comparison's folder: all that is recorded there of the same images"
-    from phantom_nb.experiments.store import load_results
+    from phantom_nb.experiments.store import images_of, load_results
     if not any((out/'runs').glob('*.json')): return
     df = load_results(out/'runs')
     mine = df[df.key.isin([run.key for run in runs])]
-    _write_page(console, df[df.images==runs[0].images], mine, out/'comparison.html')
+    _write_page(console, df[images_of(df)==runs[0].images], mine, out/'comparison.html')
 
 MOST_FINDINGS = 6
 
@@ -391,16 +393,16 @@ def _say_images(console, plan, runs, dls, budget, complete):
 
 def _recorded_words(runs, out):
     "Sentences on what is recorded already, and on what was recorded of other images"
-    from phantom_nb.experiments.store import load_results
+    from phantom_nb.experiments.store import images_of, load_results
     if not any((out/'runs').glob('*.json')): return
     df = load_results(out/'runs')
     there = df.key.isin([run.key for run in runs])
     if there.any(): yield f"{there.sum()} of {len(runs)} runs are recorded already in {out}."
-    more = df[~there & (df.images==runs[0].images)]
+    more = df[~there & (images_of(df)==runs[0].images)]
     if len(more):
         epochs = ', '.join(f'{n:.0f}' for n in sorted(more.epochs.unique()))
         yield f"{len(more)} more there have other options (epochs {epochs}): the page shows them, too."
-    other = (df.data==runs[0].data) & (df.get('images', '')!=runs[0].images)
+    other = (df.data==runs[0].data) & (images_of(df)!=runs[0].images)
     if other.any():
         yield f"{other.sum()} more in {out} saw other images: the folder has changed since, so they are not used."
 

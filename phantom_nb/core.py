@@ -7,7 +7,7 @@ __all__ = ['WEIGHT_TYPES', 'matches', 'select_layers', 'read_weight', 'weight_vi
            'Regularizer', 'L2Penalty', 'ActivationRegularizer']
 
 # %% ../nbs/core.ipynb #94be1dac
-import copy, logging, math, secrets
+import copy, logging, math, secrets, warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from fnmatch import fnmatchcase
@@ -36,6 +36,8 @@ def matches(
 )->bool: # whether `layers` selects this module
     "Apply one selector to one module; a `ValueError` for what is no selector (ours)."
     if isinstance(layers, (list,tuple)): return any(matches(name, module, selector) for selector in layers)
+    if isinstance(layers, nn.Module):
+        raise ValueError(f"layers holds a {type(layers).__name__} itself: give its name, a pattern or its type")
     if isinstance(layers, type): return isinstance(module, layers)
     if isinstance(layers, str): return fnmatchcase(name, layers)
     if callable(layers): return bool(layers(name, module))
@@ -51,6 +53,21 @@ def _weight_layers(model, types):
     return dict(owners.values()), owners[last][0] if owners else None
 
 # %% ../nbs/core.ipynb #446a730c
+def _warn_early_head(found, last):
+    "Say so if the layer that is registered last is no classifier, and another could be"
+    linear = [name for name,module in found.items() if isinstance(module, nn.Linear)]
+    if not linear or last in linear: return
+    warnings.warn(f"{last!r} is registered last and counts as the output layer: if {linear[-1]!r} is the classifier, "
+        "register that last", stacklevel=4)
+
+def _no_layer(selector, model, found, types):
+    "The error that lists the layers there are"
+    names = ', '.join(map(repr, found)) or f"none of type {types}"
+    inside = isinstance(selector, str) and any(name.startswith(f'{selector}.') for name in found)
+    pattern = f" (those in {selector!r} are {selector+'.*'!r})" if inside else ''
+    return ValueError(f"layers={selector!r} selects no layer of {type(unwrap(model)).__name__}{pattern}; its layers "
+        f"are: {names}")
+
 def select_layers(
     model:nn.Module, # network to search; wrappers of `DataParallel` and `torch.compile` are looked through
     layers:type|str|Callable|Sequence|None=None, # type, pattern, predicate(name, module), several, 'hidden', 'output'
@@ -62,10 +79,14 @@ def select_layers(
     if layers is None: chosen = found
     elif layers in ('hidden', 'output'):
         chosen = {name:module for name,module in found.items() if (name==last) == (layers=='output')}
-    else: chosen = {name:module for name,module in found.items() if matches(name, module, layers)}
+        _warn_early_head(found, last)
+    else:
+        chosen = {name:module for name,module in found.items() if matches(name, module, layers)}
+        for selector in layers if isinstance(layers, (list,tuple)) else []: # each must be of use
+            used = any(matches(name, module, selector) for name,module in chosen.items())
+            if not used: raise _no_layer(selector, model, found, types)
     if chosen: return chosen
-    names = ', '.join(map(repr, found)) or f"none of type {types}"
-    raise ValueError(f"layers={layers!r} selects no layer of {type(unwrap(model)).__name__}; its layers are: {names}")
+    raise _no_layer(layers, model, found, types)
 
 # %% ../nbs/core.ipynb #0d107efe
 def read_weight(
@@ -199,7 +220,7 @@ class Regularizer(TrainingCallback):
         self._resume_at = 0
         self._starting = self._fresh = False
         self._written = self._before_lr_find = None
-        self._searched = False # whether `lr_find` came last
+        self._searched = self._told_frozen = False # whether `lr_find` came last; whether frozen layers were named
 
     # What a method says
     def penalty(self)->Tensor: raise NotImplementedError(f"{type(self).__name__} must define penalty()")
@@ -246,9 +267,17 @@ class Regularizer(TrainingCallback):
         with torch.set_grad_enabled(lam>0), torch.autocast(device, enabled=False): penalty = self.penalty()
         if penalty.ndim:
             raise ValueError(f"{type(self).__name__}.penalty() returned shape {tuple(penalty.shape)}: return a scalar")
+        if lam and not penalty.requires_grad: self._warn_frozen()
         term = self.factor(lam)*penalty
         self._record(self.steps, self.epoch + (self.iter+1)/self.n_iter, lam, penalty.detach(), self._share(term))
         return term
+
+    def _warn_frozen(self):
+        "Say once a fit that nothing can follow the penalty"
+        parameters = [p for module in self.selected.values() for p in module.parameters()]
+        if self._told_frozen or not parameters or any(p.requires_grad for p in parameters): return
+        self._told_frozen = True
+        warnings.warn(f"{type(self).__name__} moves nothing: all its layers are frozen", stacklevel=3)
 
     def _share(self, term):
         "Share of the gradient (eq. 1), where it is measured"
@@ -283,7 +312,7 @@ class Regularizer(TrainingCallback):
         if hasattr(self.learn, 'lr_finder'): self._before_lr_find = self._snapshot()
         self.forget()
         self.selected = self.select()
-        self._fresh = True
+        self._fresh,self._told_frozen = True,False
         saved = _travelling_state(self.opt).get(self.name) if self.opt else None
         if saved is not None and self._is_loaded(saved): self.load_state_dict(saved['state'])
         self._searched = False

@@ -76,7 +76,8 @@ class attach:
         for reg in regularizers:
             name = type(reg).__name__
             if (callable(reg.lam) or reg.ramp) and total is None:
-                raise ValueError(f"{name} has a schedule for lam: give total=, the optimizer steps of training")
+                why = "raises lam over training" if reg.ramp and not callable(reg.lam) else "has a schedule for lam"
+                raise ValueError(f"{name} {why}: give total=, the optimizer steps of training")
             if reg.kind=='projection': # a loop keeps its optimizer to itself
                 raise ValueError(f"{name} acts behind the optimizer's step: {reg.by_hand}")
         self.model = model
@@ -86,6 +87,9 @@ class attach:
         self._loop = None
 
     def __enter__(self): # the context itself, called as `penalty(y)`
+        for reg in self.regularizers:
+            if not isinstance(getattr(reg, 'learn', None), _Loop): continue
+            raise ValueError(f"{type(reg).__name__} is attached to another network: make one for each")
         self._loop = loop = _Loop(self.model, self.total)
         first = self.model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
         self._handles = [first, self.model.register_forward_hook(self._after)]
@@ -107,7 +111,7 @@ class attach:
         for reg in self.regularizers:
             reg.close()
             reg.records = [tuple(v.item() if isinstance(v, Tensor) else v for v in row) for row in reg.records]
-            reg.learn = None
+            if reg.learn is self._loop: reg.learn = None
         self._loop = None
 
     def _watching(self): # the loop, in a forward pass that counts
@@ -133,6 +137,9 @@ class attach:
         "Compute the sum of all terms lam*penalty for this batch; a `ValueError` says what is missing."
         if self._loop is None: raise ValueError("nothing is attached: call penalty inside `with attach(...)`")
         loop = self._loop
+        for reg in self.regularizers:
+            if reg.learn is loop: continue
+            raise ValueError(f"{type(reg).__name__} is in use elsewhere, in a Learner or a loop: make one for each")
         if pred is not None: loop.answer = pred
         loop.loss = loop.loss_grad = loss
         loop.yb = () if y is None else (y,)

@@ -86,6 +86,18 @@ def test_convnext_has_its_channels_last():
     assert find_activations(net, images(1)).units.tolist()==[32,48,48]
     assert find_activations(timm.create_model('convnext_atto'), images(1)).units.tolist()[:2]==[160,160]
 
+@pytest.mark.parametrize('name,units', [('eva02_tiny_patch14_224', {512}), ('pvt_v2_b0', {256, 512, 640, 1024}), ('densenet121', None)])
+def test_tokens_are_no_units(name, units):
+    "Something may stand between a layer and its activation: a gate, a map of tokens, normalization, a concatenation"
+    net = timm.create_model(name, pretrained=False, num_classes=10)
+    df = find_activations(net, images(2, net.default_cfg['input_size'][-1]))
+    if units: assert set(df.units)==units
+    else: assert set(df['map'])<={'112×112', '56×56', '28×28', '14×14', '7×7'} and df.units.max()==1024
+
+def test_normalization_over_whole_maps_leaves_channels_first():
+    df = find_activations(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm([8,6,6]), nn.ReLU()), images(2, 8))
+    assert (df.units.item(), df['map'].item())==(8, '6×6')
+
 def test_batches_do_not_matter():
     net,x = shake(tv.resnet18()),images(5)
     one,many = capture(net, [x]),capture(net, x.split(2))

@@ -784,3 +784,26 @@ def test_a_first_group_without_parameters_carries_the_state_elsewhere():
     learn.splitter = lambda m: [[], list(m.parameters())]
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert learn.l2_penalty.steps==4
+
+def test_every_name_of_a_list_must_be_of_use():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+    assert list(select_layers(net, ['0', '1.*']))==['0', '1.0', '1.2']
+    with pytest.raises(ValueError, match=r"layers='0,' selects no layer.*'1.2'"): select_layers(net, ['0', '0,'])
+    with pytest.raises(ValueError, match=r"those in '1' are '1\.\*'"): select_layers(net, '1')
+    with pytest.raises(ValueError, match='holds a Linear itself'): select_layers(net, net[0])
+
+def test_a_head_that_is_registered_early_is_named():
+    net = nn.ModuleDict(dict(head=nn.Linear(8, 10), body=nn.Conv2d(1, 8, 3)))
+    with pytest.warns(UserWarning, match="'body' is registered last.*if 'head' is the classifier"): assert list(select_layers(net, 'output'))==['body']
+
+def test_a_penalty_that_moves_nothing_says_so():
+    "Once a fit, and not where a layer is left to move"
+    def words(frozen):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+        for layer in frozen: net[layer].requires_grad_(False)
+        learn = Learner(get_dls('digits', n_train=40, n_valid=20, bs=10), net, cbs=L2Penalty(.1, layers='1'))
+        with learn.no_bar(), learn.no_logging(), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            learn.fit(2)
+        return [str(w.message) for w in told if 'frozen' in str(w.message)]
+    assert words([1])==['L2Penalty moves nothing: all its layers are frozen'] and words([3])==[]

@@ -90,6 +90,23 @@ def test_inputs_of_heads_become_embeddings(head, shape, applied):
     out = out.flatten(2).mean(2) if out.ndim==4 else out.flatten(1, -2).mean(1) if out.ndim==3 else out
     torch.testing.assert_close(apply_head(head, z), out)
 
+@pytest.mark.parametrize('head,shape,axes', [(nn.Linear(6, 3), (4,5,7,6), (1, 2)), (nn.Sequential(nn.LayerNorm(6), nn.Flatten()), (4,2,2,6), (1, 2)),
+    (nn.Sequential(nn.Conv1d(4, 3, 3)), (4,4,14), (2,)), (nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()), (4,5,7,6), (2, 3)), (nn.AdaptiveAvgPool2d(1), (4,5,7,6), (2, 3))], ids=str)
+def test_maps_are_averaged_over_positions(head, shape, axes):
+    "Wherever the layer says that its channels are"
+    x = torch.randn(*shape, generator=gen())
+    torch.testing.assert_close(as_embeddings(x, head), x.mean(axes))
+    with pytest.raises(ValueError, match='name a head that reads'): as_embeddings(torch.randn(4, 2, 2, 6), nn.Sequential(nn.Linear(24, 3)))
+
+def test_margin_of_given_pairs_is_of_those_present():
+    z,y = torch.randn(60, 5, generator=gen()),torch.arange(60)%4
+    pairs = lookalike_pairs(z, y, 1.)
+    for gone in (3, 0):
+        there = y!=gone
+        margins = class_margins(z[there], y[there], 4)
+        want = torch.stack([margins[a, b] for a in range(4) for b in range(4) if a!=b and gone not in (a, b)]).mean()
+        torch.testing.assert_close(lookalike_margin(z[there], y[there], pairs), want)
+
 def test_a_head_that_reads_maps_is_refused():
     with pytest.raises(ValueError, match='name a head that reads'): as_embeddings(torch.ones(2, 3, 4), nn.Flatten())
 

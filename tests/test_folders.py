@@ -94,7 +94,7 @@ def test_a_class_that_test_lacks_is_named(tmp_path):
     assert d.y_test.tolist() == [0,0,2]
 
 @pytest.mark.parametrize('counts, says', [
-    ({'train/a': 2, 'train/b': 2, 'test/a': 1, 'test/z': 1}, 'test has classes that train has not: z'),
+    ({'train/a': 2, 'train/b': 2, 'test/a': 1, 'test/z': 1}, 'test has classes that train has not, z: give train'),
     ({'train/a': 2, 'test/a': 2}, 'one folder of a class alone'),
     ({'train/a': 2, 'train/b': 0, 'test/a': 2}, 'no image in the class b'),
     ({'train/a': 2, 'train/b': 2, 'test/a': 0}, 'no image in'),
@@ -428,7 +428,7 @@ def test_classes_have_names_in_any_script(tmp_path, names):
 def test_a_class_in_another_script_is_no_other_class(tmp_path):
     tree(tmp_path/'train', {'dog':2, '猫':2})
     tree(tmp_path/'test', {'dog':2, '犬':2})
-    with pytest.raises(ValueError, match='test has classes that train has not: 犬'): find_images(tmp_path)
+    with pytest.raises(ValueError, match='test has classes that train has not, 犬: give train'): find_images(tmp_path)
 
 def test_names_with_raised_digits_count_as_letters(tmp_path):
     tree(tmp_path, {'a':2, 'b':2})
@@ -462,3 +462,27 @@ def test_a_link_to_nowhere_and_a_far_too_large_image_are_named(tmp_path, monkeyp
     (tmp_path/'a'/'gone.png').unlink()
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100) # half of what is refused
     with pytest.raises(ValueError, match='readable image'): load_dataset(tmp_path)
+
+def test_a_folder_may_be_called_as_a_data_set_in_other_letters(tmp_path, monkeypatch):
+    tree(tmp_path/'Digits', {'cat': 4, 'dog': 4})
+    monkeypatch.chdir(tmp_path)
+    assert load_dataset('Digits').classes==['cat','dog'] and name_images([Run(data='Digits', n_train=4)])[0].images
+    monkeypatch.chdir('/')
+    assert load_dataset('Digits').name=='digits' # there is no such folder here
+
+def test_names_that_count_alike_have_an_order(tmp_path):
+    for name in ('01', '0', '001', '1'): fill(tmp_path/'a', 1) or (tmp_path/'a'/'img0.png').rename(tmp_path/'a'/f'{name}.png')
+    assert [Path(f).stem for f in images.image_files(tmp_path/'a')]==['0', '001', '01', '1']
+
+def test_names_in_an_old_encoding_are_read(tmp_path):
+    tree(tmp_path/'d', {'a': 3, 'b': 3})
+    os.rename(os.fsencode(tmp_path/'d'/'a'/'img0.png'), os.fsencode(tmp_path/'d'/'a')+b'/caf\xe9.png')
+    assert len(load_dataset(tmp_path/'d').x_train)+len(load_dataset(tmp_path/'d').x_test)==6 and name_images([Run(data=str(tmp_path/'d'), n_train=2)])[0].images
+
+@pytest.mark.parametrize('counts', [{'test/a': 2, 'test/b': 2}, {'test/a': 2, 'test/b': 2, 'val/a': 2, 'val/b': 2}], ids=str)
+def test_a_test_part_alone_trains_nothing(tmp_path, counts):
+    with pytest.raises(ValueError, match="there is 'test' and no train"): load_dataset(tree(tmp_path/'d', counts))
+
+@pytest.mark.parametrize('kw,what', [(dict(size=0), 'size=0'), (dict(size=8.5), 'size=8.5'), (dict(n_train='100'), "n_train='100'")], ids=str)
+def test_wrong_numbers_for_loaders_are_named(kw, what):
+    with pytest.raises(ValueError, match=what): get_dls('digits', **kw)

@@ -1,7 +1,7 @@
 "The monitor and the report on learners of all kinds: nothing of the training changes, wrong input is refused; the command"
 import fastai.callback.schedule # chkstyle: ignore
 import matplotlib.pyplot, numpy as np, pytest, torch
-from fastai.basics import DataLoaders, Learner, MSELossFlat, Transform
+from fastai.basics import Callback, DataLoaders, Learner, MSELossFlat, Transform
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import Datasets
 from torch import nn
@@ -184,3 +184,21 @@ def test_wrong_input_ends_in_one_sentence(saved, capsys, args, message):
 
 def test_a_bare_network_is_no_learner():
     with pytest.raises(ValueError, match='a Linear is no learner'): intraclass_report(torch.nn.Linear(2, 2))
+
+def test_a_fit_that_goes_on_is_filed_under_its_epochs():
+    learn = learner(IntraclassMonitor(n=50))
+    learn.fit(2, 1e-2)
+    learn.fit(4, 1e-2, start_epoch=2)
+    assert learn.intraclass_monitor.to_frame().epoch.tolist()==[2, 3, 4]
+    learn.fit(1, 1e-2)
+    assert learn.intraclass_monitor.to_frame().epoch.tolist()==[0, 1]
+
+def test_a_network_that_breaks_ends_no_fit():
+    "A row of NaN and a warning, and the training goes on"
+    def spoil(cb):
+        if cb.epoch==1:
+            for p in cb.learn.model.parameters(): p.data.fill_(float('nan'))
+    learn = learner(IntraclassMonitor(n=50))
+    with pytest.warns(UserWarning, match='epoch 2 is not measured'): learn.fit(3, 1e-2, cbs=Callback(after_train=spoil))
+    df = learn.intraclass_monitor.to_frame()
+    assert df.epoch.tolist()==[0, 1, 2, 3] and df.c3.notna().tolist()==[True, True, False, False]

@@ -609,7 +609,7 @@ def test_methods_are_the_callback_and_the_default_searches_nothing(name):
     assert all(getattr(PhantomEmbeddings(), k)==v for k,v in METHODS[name].defaults.items() if k not in ('mode','lam') or name=='phantom')
 
 def test_threads_are_refused_before_the_first_batch():
-    with pytest.raises(ValueError, match='train with learn.distrib_ctx'): learner(nn.DataParallel(create_model('small_cnn', size=8, seed=0)), PhantomEmbeddings()).fit(1)
+    with pytest.raises(ValueError, match='learn.distrib_ctx'): learner(nn.DataParallel(create_model('small_cnn', size=8, seed=0)), PhantomEmbeddings()).fit(1)
 
 
 # What others have where forms coincide
@@ -698,3 +698,18 @@ def test_a_queue_leaves_out_any_negative_label():
     queue.push(torch.tensor([[3.],[4.]]), torch.tensor([-100,1]))
     z,y = queue.items()
     assert y.tolist().count(-1)==5 and z[y==1].tolist()==[[4.]]
+
+@pytest.mark.parametrize('options', [dict(mode='mix'), dict(choose='right')], ids=str)
+@pytest.mark.parametrize('layer', [nn.BatchNorm1d(10), nn.Dropout(.1)], ids=['norm', 'dropout'])
+def test_a_head_that_changes_when_applied_is_refused(options, layer):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Sequential(nn.Linear(12, 10), layer, nn.Linear(10, 10)))
+    with pytest.raises(ValueError, match='apply it twice: name the last Linear'): learner(net, PhantomEmbeddings(head='3', **options)).fit(1)
+    learner(net, PhantomEmbeddings(head='3.2', **options)).fit(1)
+
+def test_widths_and_types_of_what_is_given():
+    z,y = batch([0,0,1,1,2,2])
+    with pytest.raises(ValueError, match='bank holds'): phantom_loss(z, y, bank=(torch.randn(4, z.shape[1]+1), torch.arange(4)%3))
+    p,half = class_phantoms(z.float(), y, 3),z.half()
+    logits = combine_with_phantoms(half, p[0] if isinstance(p, tuple) else p, lambda z: z[:,:3])
+    assert logits.dtype==torch.float16 and logits.isfinite().all()
+    with pytest.raises(ValueError, match='layers= is another name of head='): learner(create_model('small_cnn', size=8, seed=0), PhantomEmbeddings(layers='blah')).fit(1)

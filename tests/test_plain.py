@@ -303,3 +303,13 @@ def test_a_loop_without_a_total_plots_over_steps():
     axs = reg.plot()
     assert axs[0].get_xlabel()=='step' and axs[0].lines[0].get_xdata().tolist()==reg.to_frame().step.tolist()
     assert len(axs[1].lines[0].get_xdata())==1 # measured at the first step
+
+def test_a_regularizer_is_in_one_place():
+    "Else its penalty would be of the other network"
+    a,b,reg = network(),network(),MHE(1.)
+    with attach(a, reg) as penalty:
+        with pytest.raises(ValueError, match='attached to another network'), attach(b, reg): pass
+        assert penalty().requires_grad
+        Learner(digits(), b, cbs=reg)
+        with pytest.raises(ValueError, match='in use elsewhere'): penalty()
+    with attach(b, reg) as penalty: assert penalty().requires_grad

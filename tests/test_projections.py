@@ -426,8 +426,8 @@ def test_callback_refuses_at_construction(o, what):
     with pytest.raises(ValueError, match=what): CoMHE(**o)
 
 def test_nothing_to_project_is_refused():
-    with pytest.raises(ValueError, match=r'k=100: no layer to project.*\[9, 36, 8'): fit(learner(Odd(), CoMHE(k=100)))
-    with pytest.raises(ValueError, match="the output layer alone.*output_layer='project'"): fit(learner(Odd(), CoMHE(layers='output')))
+    with pytest.raises(ValueError, match=r"k=100.*'a' \(first layer, 9 inputs\): give first_layer='project' and k<9; 'b' \(36 inputs\): give k<36"): fit(learner(Odd(), CoMHE(k=100)))
+    with pytest.raises(ValueError, match="output layer, 24 inputs.*output_layer='project' and k<24; or use MHE"): fit(learner(Odd(), CoMHE(layers='output')))
 
 SETTINGS = [dict(projection='random', m=3, redraw=3, reduce='max'), dict(projection='angle', unrolled=True, k=5, m=2, share_basis=True, output_layer='project'),
     dict(projection='adversarial', steps=2, redraw=3, first_layer='project', k=8), dict(projection='group', reduce='max', m=2, redraw=2), dict(projection='expected'),

@@ -165,3 +165,8 @@ BAD = RUNS.assign(m=RUNS.m.where(RUNS.depth<3))
     (lambda: bootstrap_interval(RUNS, len, times=0), 'times=0'), (lambda: rank_measures(RUNS, ['-x'], 'acc', HYPER), "no column 'x'")])
 def test_refused_with_a_sentence(f, message):
     with pytest.raises(ValueError, match=message): f()
+
+def test_resamples_without_a_score_are_no_evidence():
+    draws = pd.Series([.3, .2, -.1, .4])
+    assert bootstrap_p(pd.concat([draws, pd.Series([math.nan]*995)]))==bootstrap_p(draws)==2*2/5
+    assert math.isnan(bootstrap_p(pd.Series([math.nan]*9)))

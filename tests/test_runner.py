@@ -369,3 +369,33 @@ def test_all_that_is_wrong_with_a_run_is_said_at_once():
     dict(method='mhe', settings=dict(every=True)), dict(lr=10**400), dict(method='mixup', settings=dict(alpha=-1))], ids=str)
 def test_wrong_kinds_are_refused(kw):
     with pytest.raises(ValueError): make_method(Run(**kw).method, **kw.get('settings', {}))
+
+def test_the_optimizer_remembers_across_epochs_of_a_frozen_start():
+    "fastai's `freeze` forgets the moments; here each parameter counts the steps since it was thawed"
+    learn = make_learner(replace(QUICK, epochs=4, frozen=2), device='cpu')
+    learn.fit(4)
+    n,steps = len(learn.dls.train),[int(s['step']) for s in learn.opt.state.values() if 'step' in s]
+    assert set(steps)=={2*n, 4*n}
+
+def test_a_trace_is_of_the_kind_that_is_asked_for(tmp_path):
+    run = replace(QUICK, n_valid=20)
+    rows = {trace:run_many([run], store=tmp_path, trace=trace).trace[0] for trace in ('means', 'layers', 'measures')}
+    assert 'by_layer' not in rows['means'] and 'by_layer' in rows['layers'] and 'final' in rows['measures']
+    with pytest.raises(ValueError, match="trace='layer'.*did you mean 'layers'"): run_many([run], store=tmp_path, trace='layer')
+    with pytest.raises(ValueError, match='give n_valid='): run_many([QUICK], store=tmp_path, trace='means')
+
+def test_no_failure_takes_the_place_of_a_result(tmp_path, monkeypatch):
+    from phantom_nb.experiments import runner
+    run = replace(QUICK, n_valid=20)
+    accuracy = run_many([run], store=tmp_path, jobs=1).valid_accuracy[0]
+    monkeypatch.setattr(runner, 'train_run', lambda run, *_: dict(key=run.key, method=run.method, seed=run.seed, status='failed', error='RuntimeError: x'))
+    with pytest.warns(UserWarning, match='kept as it was'): df = run_many([run], store=tmp_path, jobs=1, trace='means')
+    assert df.valid_accuracy[0]==accuracy and recorded_row(tmp_path, run)['status']=='done'
+
+def test_a_failure_of_the_surroundings_is_tried_again(tmp_path):
+    rows = [run_many([QUICK], store=tmp_path/'runs', root=root, jobs=1).iloc[0] for root in (tmp_path/'gone', tmp_path)]
+    assert rows[0].error.startswith('FileNotFoundError') and rows[1].status=='done'
+
+@pytest.mark.parametrize('settings', ['alpha=1', None, 3], ids=str)
+def test_settings_are_a_dict(settings):
+    with pytest.raises(ValueError, match=r"give a dict, \{'alpha'"): Run(method='mixup', settings=settings)

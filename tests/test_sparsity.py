@@ -342,13 +342,40 @@ def test_channels_of_timms_models(name, dims):
     seen = {}
     with measure.ActivationWatch(net).watching(lambda k, a, dim: seen.setdefault(k, a.shape)): net.eval()(randn(2, 3, 64, 64))
     df = measure_sparsity(net, [randn(2, 3, 64, 64)])
-    assert len(df)>=len(layers) and df[['units','samples']].notna().all().all() and set(found.values())=={dims}
+    assert len(df)>=len(layers) and df[['units','samples']].notna().all().all() and {c.axis for c in found.values()}=={dims}
     for k,shape in seen.items(): assert dims==1 or name[:3]=='vit' or shape[-1] in {m.out_features for m in net.modules() if isinstance(m, nn.Linear)}
+
+def test_tokens_behind_a_convolution_have_their_channels_last():
+    "PVT: a Linear layer, a depthwise convolution of the tokens as a map, and tokens again"
+    net,seen = timm.create_model('pvt_v2_b0', pretrained=False, num_classes=10).eval(),set()
+    with torch.no_grad(), measure.ActivationWatch(net).watching(lambda k, a, dim: seen.add((a.shape[dim], dim))): net(randn(1, 3, 96, 96))
+    assert seen=={(256,-1), (512,-1), (640,-1), (1024,-1)}
+
+def test_layers_may_be_left_out_at_random():
+    "What 'auto' learns of a layer is its mean over the batches in which it ran"
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.relu,self.other,self.calls = nn.Linear(64, 6),nn.Linear(6, 10),nn.ReLU(),nn.ReLU(),0
+        def forward(self, x):
+            self.calls += 1
+            x = self.a(x.flatten(1))
+            return self.b(self.relu(x) if self.calls%3 else self.other(x))
+    learn = learner(TargetedSparsity(1., 'auto', rechoose=2), model=Skips())
+    learn.fit(4)
+    cb = learn.targeted_sparsity
+    assert set(cb.history)=={'relu','other'} and cb.chosen and cb.to_frame().penalty.notna().all()
+    one = TargetedSparsity(1., ['relu'])
+    learner(one, model=Skips()).fit(1)
+    assert (one.to_frame().penalty>0).tolist()==[True, True, False]
+
+def test_threads_are_refused():
+    with pytest.raises(ValueError, match='DataParallel splits the batch'): learner(TargetedSparsity(), model=nn.DataParallel(create_model('small_cnn', size=8, seed=0))).fit(1)
 
 def test_conv1d_and_tokens_are_told_apart():
     conv = nn.Sequential(nn.Conv1d(1, 3, 3), nn.BatchNorm1d(3), nn.ReLU())
     tokens = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU())
-    assert measure.channel_dims(conv, ['2'])=={'2':1} and measure.channel_dims(tokens, ['2'])=={'2':-1}
+    assert measure.channel_dims(conv, ['2'])['2'].axis==1 and measure.channel_dims(tokens, ['2'])['2'].axis==-1
 
 def test_groups_cut_the_layers_into_thirds():
     net = nn.Sequential(*[nn.ReLU() for _ in range(7)])

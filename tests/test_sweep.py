@@ -360,3 +360,29 @@ def test_home_is_found_behind_an_equals_sign(tmp_path, monkeypatch, capsys):
     for words,says in (['--over', 'settings'], 'holds no single values'), (['--where', 'lr=all'], 'no runs'), (['--where', 'lr=fast'], 'lr is a number'):
         with pytest.raises(SystemExit) as e: cli.main(['results', '~/res', *words])
         assert e.value.code and says in ' '.join(capsys.readouterr().err.split())
+
+@pytest.mark.parametrize('spec,what', [(dict(methods=['half_mhe:lam=3']), r'\[settings.half_mhe\]'), (dict(lam=[1., 3.]), r'\[settings.METHOD\]'),
+    (dict(experiment='tune'), 'give another name'), (dict(data=''), 'give a name or a folder')], ids=str)
+def test_a_slip_is_shown_its_place(spec, what):
+    with pytest.raises(ValueError, match=what): parse_sweep(spec)
+
+def test_a_study_that_another_process_has_is_not_waited_for_beyond_the_deadline(tmp_path):
+    from filelock import FileLock
+    path = tmp_path/'studies'/f'{study_name(QUICK, 20, (.001, .03, "log"), 1)}.log'
+    path.parent.mkdir()
+    start = time.time()
+    with FileLock(path.with_suffix('.lock')): df = tune_one(QUICK, tmp_path, trials=1, n_valid=20, lr=(.001, .03, 'log'), seeds=1, deadline=start+.5)
+    assert df.empty and time.time()-start<5
+
+def test_trials_are_laid_out_again_too(tmp_path):
+    spec = parse_sweep(dict(methods=['none'], seeds=1, n_train=40, epochs=1, tune=dict(trials=1, n_valid=20, seeds=1)), 'x')
+    first = run_sweep(spec, tmp_path, jobs=1)[1]
+    import shutil
+    shutil.rmtree(tmp_path/'runs')
+    again = run_sweep(spec, tmp_path, jobs=1)[1]
+    assert again.date.tolist()==first.date.tolist()
+
+def test_a_choice_wants_two_seeds_and_numbers():
+    with pytest.raises(ValueError, match='seeds of scores=1'): leave_one_out([[.1],[.9]], [[1.],[2.]])
+    with pytest.raises(ValueError, match='hold NaN'): leave_one_out([[.1,np.nan],[.9,.2]], np.ones((2, 2)))
+    assert leave_one_out([[.1]], [[.7]])==[.7] # one setting is no choice

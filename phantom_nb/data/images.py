@@ -118,7 +118,7 @@ def file_stamp(
     for file in files:
         try: stat = os.stat(file)
         except OSError as e: raise ValueError(f"{file} is not a readable image: {e.strerror}") from e
-        digest.update(f"{os.path.abspath(file)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(os.path.abspath(file)) + f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 def _cache():
@@ -279,6 +279,7 @@ def _split_dirs(folder):
     "Split -> its folder or None, whatever the case of its name"
     there = {found.name.lower(): found for found in _folders(folder)}
     return {split: next((there[name] for name in names if name in there), None) for split,names in SPLITS.items()}
+def _has_other_folders(folder, dirs): return bool({*_folders(folder)}-{*dirs.values()})
 def _has_images(folder): return any(map(_is_image, os.scandir(folder)))
 
 # %% ../../nbs/data/images.ipynb #f119564f
@@ -299,7 +300,8 @@ def image_files(
     folder:Path # a class folder
 )->list[str]: # its image files, in the order in which people count
     "List the image files of a folder (ours)."
-    names = sorted((entry.name for entry in os.scandir(folder) if _is_image(entry)), key=counting_order)
+    names = sorted(entry.name for entry in os.scandir(folder) if _is_image(entry))
+    names.sort(key=counting_order) # 1 and 01 stay as they are
     return [str(folder/name) for name in names]
 
 # %% ../../nbs/data/images.ipynb #c8ea20bf
@@ -358,7 +360,8 @@ def _held_out(folder, dirs, folders, names):
         if not (dirs['train'] and dirs[split]): continue
         there = class_folders(dirs[split])
         unknown = sorted(there.keys() - folders.keys())
-        if unknown: raise ValueError(f"{folder}: {split} has classes that train has not: {_some(unknown)}")
+        if unknown: raise ValueError(f"{folder}: {split} has classes that train has not, {_some(unknown)}: give train "
+            f"images of them, or take them out of {split}")
         files[split],labels[split] = _labelled_files(there, names)
         if not files[split]: raise ValueError(f"{folder}: no image in {dirs[split]}; {LAYOUTS}")
     return files,labels
@@ -371,6 +374,8 @@ def find_images(
     folder = Path(folder).expanduser()
     if not folder.is_dir(): raise FileNotFoundError(f"{str(folder)!r} is not a folder")
     dirs = _split_dirs(folder)
+    if dirs['test'] and not dirs['train'] and not _has_other_folders(folder, dirs):
+        raise ValueError(f"{folder}: there is {dirs['test'].name!r} and no train; {LAYOUTS}")
     train = dirs['train'] or folder
     folders = class_folders(train)
     if len(folders) < 2:
@@ -444,7 +449,7 @@ def _digest(files, folder, stamp):
     digest = hashlib.blake2b(digest_size=8)
     for name,file in sorted((os.path.relpath(file, folder), file) for file in files):
         content = Path(file).read_bytes()
-        digest.update(f"{name} {len(content)} ".encode()+content)
+        digest.update(os.fsencode(name) + f" {len(content)} ".encode()+content)
     return digest.hexdigest()
 
 def folder_digest(

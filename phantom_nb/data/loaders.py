@@ -286,6 +286,7 @@ def get_dls(
     stats:Mapping|Sequence|None=None, # (mean, std) or a network's `data_config`; default: the training pool's
 )->ImageLoaders: # `train`, `valid` and `test`
     "Make loaders of a data set, or of a part of it; ValueError or FileNotFoundError (ours)."
+    if size is not None: size = whole('size', size, what='pixels')
     data = _sized(data, root, size)
     device = torch.device(device or default_device())
     split_seed = seed if split_seed is None else split_seed

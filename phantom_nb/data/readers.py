@@ -225,7 +225,7 @@ def is_folder(
 )->bool: # is it meant as a folder?
     "Tell a folder of images from a data set's name (ours)."
     if isinstance(data, Path): return True
-    if not isinstance(data, str) or data.lower() in DATASETS: return False
+    if not isinstance(data, str) or data in DATASETS: return False
     return '/' in data or data in PHOTOS or Path(data).expanduser().is_dir()
 
 def _folder_of(data, root):

@@ -61,6 +61,7 @@ def split_pool(
     "Split a pool into training and validation images; ValueError for impossible sizes (ours)."
     both = per_class is not None and n_train is not None
     if both: raise ValueError(f"n_train={n_train} and per_class={per_class}: give one of them")
+    if n_train is not None: n_train = whole('n_train', n_train, None, what='a number of images')
     order,_,full = balanced_queue(y, seed)
     count = y.bincount()[y.unique()]
     classes = len(count)

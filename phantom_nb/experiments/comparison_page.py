@@ -153,8 +153,10 @@ def draw_times(
     table:pd.DataFrame # as `comparison` gives
 ):
     "Draw what a method brings against what it costs (ours)."
-    unit,table = unit_of(table),table[table.seconds.notna()].sort_values('diff', na_position='first')
-    times,gains = table.seconds/table.seconds[about(table)['baseline']],unit.factor*table['diff'].fillna(0)
+    unit,one = unit_of(table),table.seconds.get(about(table)['baseline'], np.nan)
+    table = table[(table.seconds/one).notna()].sort_values('diff', na_position='first')
+    if table.empty: return ax.set_axis_off() # times were not recorded
+    times,gains = table.seconds/one,unit.factor*table['diff'].fillna(0)
     points = sorted(zip(gains, times, map(str, table.index)))
     ax.plot(times, gains, 'o')
     ax.axhline(0, color='.8', zorder=0)
@@ -199,9 +201,10 @@ def comparison_html(
     metric:str='accuracy' # what is judged
 )->str: # a whole page
     "Write a comparison as HTML that needs nothing else; settings without the baseline are left out (ours)."
-    parts = [(name, part) for name,part in _settings(df) if baseline in set(part.method)]
+    def finished(part): return part if 'status' not in part else part[part.status=='done']
+    parts = [(name, part) for name,part in _settings(df) if baseline in set(finished(part).method)]
     if not parts:
-        raise ValueError(f"baseline={baseline!r} has no runs in any setting: there is nothing to compare with")
+        raise ValueError(f"baseline={baseline!r} has no finished run in any setting: there is nothing to compare with")
     sections = ''.join(_section(part, name, baseline, metric) for name,part in parts)
     title = escape(title or 'A comparison')
     return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'

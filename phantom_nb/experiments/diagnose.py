@@ -335,10 +335,12 @@ def diagnose(
         recorded,shares = _recorded(learn)
         curves = recorded if curves is None else curves
         train,valid,model = train or learn.dls.train, valid or learn.dls.valid, learn.model
-    else: model = learn
+    elif isinstance(learn, nn.Module): model = learn
+    else: raise ValueError(f"learn={learn!r}: give a Learner or a network; for a file of learn.export, there is "
+        "`phantom_nb report FILE`")
     for name,dl in dict(train=train, valid=valid).items():
-        if dl is None or not len(getattr(dl, 'dataset',
-            [])): raise ValueError(f"{name}= has no images: give a loader of some, diagnose(network, train, valid)")
+        if dl is not None and len(getattr(dl, 'dataset', [])): continue
+        raise ValueError(f"{name}= has no images: give a DataLoader with a dataset, diagnose(network, train, valid)")
     device = next(model.parameters()).device
     def sample(dl, n): return [(x.to(device), y.to(device)) for x,y in sample_batches(dl, n)[0]]
     seen,held = sample(train, SAMPLE),sample(valid, n)
@@ -385,7 +387,7 @@ def half_width(
     n:int # images, >= 1
 )->float: # points
     "Give half the 95 % interval of an accuracy on n images (normal approximation)."
-    return 196*math.sqrt(max(accuracy*(1-accuracy), 1/n)/n)
+    return min(100, 196*math.sqrt(max(accuracy*(1-accuracy), 1/n)/n))
 
 def _learned(d):
     "Has it learned its training images?"

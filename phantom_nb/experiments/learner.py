@@ -125,8 +125,8 @@ class FreezeFirst(Callback):
     ): self.epochs = epochs
 
     def before_epoch(self):
-        if self.epoch<self.epochs: self.learn.freeze()
-        else: self.learn.unfreeze()
+        # the optimizer's own, for `Learner.freeze` forgets its moments, every time
+        self.learn.opt.freeze_to(-1 if self.epoch<self.epochs else 0)
 
 # %% ../../nbs/experiments/learner.ipynb #62a929a0
 @lru_cache(maxsize=1)
@@ -414,5 +414,6 @@ def loaders_for(
     if not kinds[0]<=n<=n_all: raise ValueError(f"--n {n}: give {kinds[0]} (one a class) to {n_all} images")
     n_out = outputs_for(learn, tuple(images.x_train.shape[1:]), data)
     if n_out in kinds: return get_dls(images, n_train=n, n_valid=0, coarse=n_out!=kinds[0], device='cpu')
-    has = f"{kinds[0]} classes and {kinds[1]} superclasses"
+    own = kinds[1] and images.coarse_names!=images.classes # else each class is its own superclass
+    has = f"{kinds[0]} classes" + (f" and {kinds[1]} superclasses" if own else '')
     raise ValueError(f"the network has {n_out} outputs, {data} {has}: {REMEDY_DATA}")

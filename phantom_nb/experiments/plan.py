@@ -298,7 +298,7 @@ def unfit_words(
     if not len(plain) or 'train_accuracy' not in plain: return '',''
     fits = plain.train_accuracy.mean()
     if not fits<FITS: return '',''
-    longer = f" (--epochs {max(30, 2*plain.epochs.max()):.0f})" if 'epochs' in plain else ''
+    longer = f" ({max(30, 2*plain.epochs.max()):.0f} epochs)" if 'epochs' in plain else ''
     fact = f"Plain training is right on {100*fits:.1f} % of its training images."
     return fact, f"Train longer first{longer}: this compares how fast methods learn, not how well they generalize."
 
@@ -351,7 +351,7 @@ def other_ways(
     if not len(plain) or not {'accuracy','size','pretrained'}<=set(plain): return ''
     if plain.data.iloc[0] in DATA_NAMES or plain.accuracy.mean()>=.9: return ''
     size,pretrained = plain['size'].iloc[0],bool(plain.pretrained.iloc[0])
-    ways = [f"larger images (--size {2*size:.0f})"]*bool(size==size and size and size<128)
+    ways = [f"larger images (--size {2*size:.0f})"] if pd.notna(size) and 0<size<128 else []
     ways += ["a pretrained network (--model timm:tf_efficientnet_lite0 --pretrained)"]*(not pretrained)
     return f"Plain training is wrong on {100-100*plain.accuracy.mean():.0f} % of the test images: " \
         f"try {', '.join([*ways, 'more images'])} first."

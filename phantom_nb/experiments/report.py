@@ -28,7 +28,7 @@ from ..checks import one_of
 from .run import Run
 from .stats import DIFFERENCE, FEWEST, LOWER_IS_BETTER, NO_DIFFERENCE
 from .stats import about, comparison, comparisons, lower_is_better
-from .store import load_results, write_atomic
+from .store import images_of, load_results, write_atomic
 
 # %% ../../nbs/experiments/report.ipynb #24001948
 HOUSE = str(files('phantom_nb')/'house.mplstyle')
@@ -129,7 +129,9 @@ def verdict(
         there = table.runs.get(what['baseline'], 0) > 0
         if there and len(table)==1: return f"There are only runs of {what['baseline']}: nothing is compared."
         others = table.runs.drop(what['baseline'], errors='ignore').sum() > 0
-        why = "no run of it is here" if not there else \
+        left = table.left_out.get(what['baseline'], 0)
+        gone = f"none of its {left} runs is finished" if left else "no run of it is here"
+        why = gone if not there else \
             "no two runs share a seed" if others else "no other method has a finished run"
         return f"Nothing can be compared with {what['baseline']}: {why}."
     judged = compared[compared.pairs>=FEWEST] # one lucky seed is not the best method
@@ -500,7 +502,7 @@ def show_comparison(
     df = whole[whole.key.isin([run.key for run in runs])]
     if not len(df): return console.print(f"No run is finished yet in {out}.")
     table = write_report(df, out, runs[0])
-    write_csv(whole[whole.images==runs[0].images], out) # other comparisons in this folder, too
+    write_csv(whole[images_of(whole)==runs[0].images], out) # other comparisons in this folder, too
     if table is not None:
         console.print(as_rich(table, run_title(runs[0])))
         console.print(verdict(table), highlight=False)

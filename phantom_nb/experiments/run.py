@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DATA_NAMES', 'MODEL_NAMES', 'AUGMENT_NAMES', 'OPTIMIZER_NAMES', 'SCHEDULE_NAMES', 'PRECISION_NAMES', 'PADDING_NAMES',
-           'check_data', 'check_model', 'step_points', 'Run']
+           'TRACES', 'check_data', 'check_model', 'step_points', 'Run', 'check_trace']
 
 # %% ../../nbs/experiments/run.ipynb #b833141f
 import hashlib, json, re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -23,15 +24,19 @@ OPTIMIZER_NAMES = 'adam','sgd'
 SCHEDULE_NAMES = 'one_cycle','flat_cos','cosine','step','constant'
 PRECISION_NAMES = 'float32','bf16','auto'
 PADDING_NAMES = 'zeros','symmetric','reflect'
+TRACES = '','means','layers','measures'
 
 # %% ../../nbs/experiments/run.ipynb #5225ffac
 def check_data(
     data:str # a key of `DATASETS`, or a folder of images
 )->str: # `data`
     "Return the name of a data set or the path of a folder; raise a `ValueError` for what is neither (ours)."
-    if not isinstance(data, (str, Path)): raise ValueError(f"data={data!r}: give a name or a folder of images")
+    if not isinstance(data, (str, Path)) or not str(data):
+        raise ValueError(f"data={data!r}: give a name or a folder of images")
     looks_like_a_path = '/' in str(data) or '\\' in str(data) or str(data).startswith(('.','~'))
     if data in DATA_NAMES or data in PHOTOS or Path(data).expanduser().is_dir(): return data
+    if Path(data).expanduser().is_file():
+        raise ValueError(f"data={data!r} is a file: give a folder of images, in which each class has a folder")
     if looks_like_a_path:
         raise ValueError(f"data={data!r}: no such folder; give a folder of images (train/CLASS/*, test/CLASS/*)")
     try: return one_of('data', data, DATA_NAMES)
@@ -59,6 +64,11 @@ def step_points(
     except ValueError as e: raise ValueError(f"schedule={schedule!r}: write it like step:0.1@0.5,0.75 ({e})") from None
 
 # %% ../../nbs/experiments/run.ipynb #004a5330
+def _as_dict(settings):
+    "Settings as a dict; refuses what is none"
+    try: return dict(settings)
+    except (TypeError, ValueError): raise ValueError(f"settings={settings!r}: give a dict, {{'alpha':0.4}}") from None
+
 @dataclass(frozen=True) # chkstyle: ignore-node
 class Run:
     "Specify one training fully; raise a `ValueError` that lists the right ones for a wrong name or value (ours)."
@@ -102,7 +112,7 @@ class Run:
             check(check_model, self.model)
             self._check_names(check)
             self._check_numbers(check)
-            given = check(full_settings, self.method, dict(self.settings))
+            given = check(full_settings, self.method, check(_as_dict, self.settings) or {})
         object.__setattr__(self, 'settings', tuple(sorted(given.items())))
 
     def _check_names(self, check):
@@ -149,3 +159,13 @@ class Run:
     def name(self)->str: # such as half_mhe-0-3f2a..., the name of its file
         "Name the run for people and for files (ours)."
         return f'{self.method}-{self.seed}-{self.key}'
+
+def check_trace(
+    trace:str, # what is to be kept of every epoch
+    runs:Iterable # `Run`s
+)->str: # `trace`
+    "Return a name of `TRACES`; raise a `ValueError` for a wrong one, or for runs that cannot be traced so (ours)."
+    one_of('trace', trace, TRACES)
+    if trace in ('means','layers') and not all(run.n_valid for run in runs):
+        raise ValueError(f"trace={trace!r}: loss and accuracy are traced on validation images, give n_valid= (>= 10)")
+    return trace

@@ -155,7 +155,7 @@ def _summary(runs, baseline, metric, level):
     d = values.iloc[:0] if baseline is None else paired_values(values, baseline)
     tested = _has_spread(d.values)
     def mean(column): return runs[column].mean() if column in runs else np.nan
-    row = dict[str,Any](runs=len(values))
+    row = dict[str,Any](runs=values.notna().sum())
     row |= dict(zip((metric, 'low', 'high'), mean_interval(values, level)))
     row |= dict(zip(DIFFERENCE, mean_interval(d, level)))
     row |= dict(pairs=len(d), diff_sd=d.std() if tested else np.nan, effect=effect_size(d))
@@ -289,7 +289,7 @@ def answer(
             'layers differ': Claim(statistic, p=friedman.pvalue)})          # another test
     """
     share('level', level)
-    if not asked: raise ValueError("nothing is asked: give claims")
+    if not asked: raise ValueError("nothing is asked: give claims, of methods that have runs in one setting")
     rows = []
     for claim in asked.values():
         if not isinstance(claim, Claim): claim = Claim(claim)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'run_file', 'row_digest', 'row_text', 'write_row', 'write_rows', 'save_results', 'recorded_row',
-           'read_lines', 'load_results', 'restore_rows']
+           'read_lines', 'load_results', 'images_of', 'restore_rows']
 
 # %% ../../nbs/experiments/store.ipynb #dab816cd
 import hashlib, json, math, os, tempfile, warnings
@@ -153,11 +153,20 @@ def load_results(
     first = {row['key']:row for row in reversed(rows) if 'key' in row}
     return pd.DataFrame(list(first.values())[::-1], columns=None if first else [f.name for f in fields(Run)])
 
+def images_of(
+    df:pd.DataFrame # as `load_results` gives
+)->pd.Series: # of texts, '' for data sets by name and in rows from before the field was there
+    "Read which images the runs saw (ours)."
+    return df.get('images', pd.Series('', df.index, dtype=str)).fillna('')
+
 def restore_rows(
     path:str|Path, # .jsonl file; nothing happens if it is not there
     store:str|Path # folder of results
 ):
     "Lay the rows of a file out in a store, so that their runs are not trained again (ours)."
-    for row in read_lines(path) if Path(path).exists() else []:
+    rows = read_lines(path) if Path(path).exists() else []
+    foreign = [row for row in rows if not {'method','seed','key'}<=set(row)]
+    if foreign: warnings.warn(f"{path}: {len(foreign)} of {len(rows)} rows are of no run, and left out", stacklevel=2)
+    for row in (row for row in rows if row not in foreign):
         file = Path(store)/f"{row['method']}-{row['seed']}-{row['key']}.json" # as `run_file` says
         if not file.exists(): write_row(file, row)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np, pandas as pd
 from fastai.basics import noop
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from scipy import stats
 
 from ..checks import share, whole
@@ -111,11 +111,14 @@ def tune_one(
     **kwargs # `root`, `device` and `threads` of `run_one`
 )->pd.DataFrame: # one row a training, those of the best trial `chosen`; fewer if the deadline came first
     "Search settings for a method on one data set, or go on with the search (Bergstra et al. 2011)."
-    space,name,rows = search_space(run.method, lr),study_name(run, n_valid, lr, seeds),[]
+    space,name,rows = search_space(run.method, lr),study_name(run, n_valid, lr, seeds),list[dict]()
     base = replace(run, experiment='tune', n_valid=n_valid, test=False)
     path = Path(store)/'studies'/f'{name}.log'
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix('.lock')):
+    patience = -1 if deadline==math.inf else max(0., deadline-time.time())
+    try: lock = FileLock(path.with_suffix('.lock')).acquire(timeout=patience)
+    except Timeout: return mark_best(rows, trials) # another process has the study in hand
+    with lock:
         study,done = open_study(path, name, {k:dict(run.settings).get(k, run.lr) for k in space})
         for i in range(trials):
             trial,values = (None,done[i]) if i<len(done) else ask(study, space, i, max(1, trials//2))
@@ -183,6 +186,8 @@ def leave_one_out(
 )->np.ndarray: # (seeds,)
     "Take every seed's value at the setting that the other seeds choose (Stone 1974; eq. 2)."
     scores = np.asarray(scores, dtype=float)
+    if np.isnan(scores).any(): raise ValueError("scores hold NaN: leave those seeds out, or give failed runs the least")
+    if len(scores)>1: whole('seeds of scores', scores.shape[1], 2) # one setting is no choice
     others = scores.sum(1, keepdims=True)-scores
     return np.asarray(values, dtype=float)[others.argmax(0),np.arange(scores.shape[1])]
 

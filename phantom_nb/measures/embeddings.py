@@ -97,8 +97,16 @@ def find_head(
     raise ValueError(f"{why}. Name the one whose input is the embedding, for instance head={example!r}")
 
 # %% ../../nbs/measures/embeddings.ipynb #9d6e7682
+def _n_inputs(module):
+    "Channels that the first layer inside says it reads; None if none does"
+    said = ('in_features', 'in_channels', 'num_features', 'num_channels')
+    for m in module.modules():
+        if isinstance(m, nn.LayerNorm): return m.normalized_shape[-1]
+        for name in said:
+            if isinstance(n := getattr(m, name, None), int): return n
+
 def as_embeddings(
-    x:Tensor, # input of the layer: (B,D), (B,D,H,W), or (B,T,D) of a Linear layer
+    x:Tensor, # input of the layer: (B,D), (B,D,...), or (B,...,D) if the layer has its channels last
     head:nn.Module # the layer
 )->Tensor: # (B,D) with gradient: averaged over positions
     "View a layer's input as one embedding a sample; raise a `ValueError` for a shape that cannot be (ours)."
@@ -106,9 +114,13 @@ def as_embeddings(
         raise ValueError(f"{type(head).__name__} reads a {type(x).__name__}: "
             "name a head that reads (B,D), a Linear layer")
     x = x.as_subclass(Tensor)
-    if is_pointwise(head) or x.ndim==4: return x.flatten(2).mean(2)
-    if isinstance(head, nn.Linear) and x.ndim>2: return x.flatten(1, -2).mean(1)
     if x.ndim==2: return x
+    if is_pointwise(head): return x.flatten(2).mean(2)
+    if isinstance(head, nn.Linear): return x.flatten(1, -2).mean(1)
+    n = _n_inputs(head)
+    fits = [axis for axis in (1, -1) if x.ndim>2 and x.shape[axis]==n]
+    if fits==[-1]: return x.flatten(1, -2).mean(1)
+    if fits or (x.ndim==4 and n is None): return x.flatten(2).mean(2)
     raise ValueError(f"{type(head).__name__} reads {tuple(x.shape)}: name a head that reads (B,D), a Linear layer")
 
 def apply_head(
@@ -291,10 +303,13 @@ def lookalike_pairs(
 def lookalike_margin(
     z:Tensor, # (N,D) embeddings
     y:Tensor, # (N,) classes; negative ones are left out
-    pairs:Tensor|None=None # (C,C) bool, symmetric: which pairs look alike; None for `lookalike_pairs`
+    pairs:Tensor|None=None # (C,C) bool, symmetric: which pairs look alike, those not present left out; None: find them
 )->Tensor: # scalar in [-2,2]; 0 for fewer than two classes
     "Average the margins of the classes that look alike (equation 6; ours)."
-    return masked_mean(class_margins(z, y), lookalike_pairs(z, y) if pairs is None else pairs)
+    if pairs is None: return masked_mean(class_margins(z, y), lookalike_pairs(z, y))
+    present = y.new_zeros(len(pairs), dtype=torch.bool)
+    present[y[y>=0].unique()] = True
+    return masked_mean(class_margins(z, y, len(pairs)), pairs & present[:,None] & present)
 
 # %% ../../nbs/measures/embeddings.ipynb #6445e320
 def embedding_metrics(

@@ -9,6 +9,7 @@ __all__ = ['sample_batches', 'IntraclassMonitor', 'intraclass_report', 'capture'
            'unit_variance_ratio', 'layer_spread_ratio']
 
 # %% ../../nbs/measures/intraclass.ipynb #a43c8cac
+import math, warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -55,7 +56,7 @@ def sample_batches(
         if hasattr(dl, 'get_idxs'): # fastai's
             dl = dl.new(shuffle=False, drop_last=False, num_workers=0)
             dl.get_idxs = lambda: idx
-        else: dl = DataLoader(Subset(dl.dataset, idx.tolist()), dl.batch_size, collate_fn=dl.collate_fn)
+        else: dl = DataLoader(Subset(dl.dataset, idx.tolist()), dl.batch_size or 64, collate_fn=dl.collate_fn)
         batches = [(batch[0], batch[-1]) for batch in dl]
     _check_labels(batches[0][1])
     return [(x, y.as_subclass(Tensor)) for x,y in batches],torch.from_numpy(idx)
@@ -134,13 +135,25 @@ class IntraclassMonitor(TrainingCallback):
         if unknown: raise ValueError("interpolate=True needs subclasses: give subclass=")
         self._sample = batches
         self.tables,self.rows,self.acts = {},[],{}
-        self.measure(0)
+        self._trained = False
+        if not hasattr(self.learn, 'skip_to_epoch'): self.measure(0)
+
+    def before_train(self):
+        super().before_train()
+        if not self.rows: self.measure(self.epoch) # a fit that goes on begins here
+
+    def after_batch(self): self._trained = self._trained or self.training
 
     def measure(self,
         epoch:int # number to file the measurement under, >= 0
     )->None:
-        "Measure the network as it is now, while a fit runs (ours)."
-        table,acc,acts,_ = _measure(self.model, self._sample, self.sublabels, self.layers, self.k)
+        "Measure the network as it is now, while a fit runs; a row of NaN and a warning where that fails (ours)."
+        try: table,acc,acts,_ = _measure(self.model, self._sample, self.sublabels, self.layers, self.k)
+        except ValueError as e:
+            if not self.tables: raise # nothing has been trained
+            warnings.warn(f"epoch {epoch} is not measured: {e}", stacklevel=2)
+            self.rows.append(dict.fromkeys(self.rows[-1], math.nan) | dict(epoch=epoch))
+            return
         row = dict(epoch=epoch, accuracy=acc)
         if self.interpolate: row['c0'] = _measure_c0(self.model, self._sample, self.sublabels, self.seed)
         self.tables[epoch] = table
@@ -148,8 +161,9 @@ class IntraclassMonitor(TrainingCallback):
         if self.keep: self.acts[epoch] = {name:a.cpu() for name,a in acts.items()}
 
     def after_epoch(self):
-        epoch = self.epoch+1
-        if epoch%self.every==0 or epoch==self.n_epoch: self.measure(epoch)
+        epoch,trained = self.epoch+1,self._trained
+        self._trained = False
+        if trained and (epoch%self.every==0 or epoch==self.n_epoch): self.measure(epoch)
 
     def after_fit(self): self._sample = None # images are not kept
 

@@ -151,8 +151,10 @@ def bootstrap_draws(
 def bootstrap_p(
     draws:pd.Series, # scores of resamples
     bound:float=0. # value that they are compared with
-)->float: # two-sided p-value in (0,1]
+)->float: # two-sided p-value in (0,1]; NaN if no resample has a score
     "Compute the p-value of a score being at a bound (Efron 1979; Davison and Hinkley 1997, eq. 4.11)."
+    draws = draws.dropna() # resamples in which the score is not defined say nothing
+    if not len(draws): return math.nan
     beyond = min((draws<=bound).sum(), (draws>=bound).sum())
     return min(1., 2*float(beyond+1)/(len(draws)+1))
 

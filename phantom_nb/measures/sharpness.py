@@ -64,8 +64,9 @@ class _Perturbed:
     @torch.no_grad()
     def accuracies(self, many, x, y):
         "Mean accuracy of the network with each of several weights; waits for the device once"
+        parts = max(1, round(len(y)/self.bs)) # of one size, for batch statistics need more than a single image
         hits = [(self(weights, inputs).argmax(1)==labels).sum() for weights in many
-            for inputs,labels in zip(x.split(self.bs), y.split(self.bs))]
+            for inputs,labels in zip(x.tensor_split(parts), y.tensor_split(parts))]
         return torch.stack(hits).sum().item()/len(y)/len(many)
 
 # %% ../../nbs/measures/sharpness.ipynb #59755981

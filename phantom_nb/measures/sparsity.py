@@ -19,6 +19,7 @@ from ..checks import one_of
 from ..core import matches, select_layers
 from ..floats import NOTHING, wide
 from ..hooks import catch, evaluating, unwrap
+from .capture import WEIGHTED, Channels
 from .capture import ACTIVATIONS as FUNCTIONS
 
 # %% ../../nbs/measures/sparsity.ipynb #43b4de54
@@ -30,6 +31,7 @@ def perplexity(
     dim:int=-1 # the axis of the n units
 )->Tensor: # (...) effective number of active units, in [1,n]; 1 without gradient where all are zero
     "Compute the exponential of the entropy of |a| along `dim`; `ValueError` for an empty axis (Huesmann 2021; eq. 2)."
+    if not a.is_floating_point(): raise ValueError(f"a holds {a.dtype}: give floats")
     a = wide(a).abs()
     if not a.shape[dim]: raise ValueError(f"a has shape {tuple(a.shape)}: axis {dim} must have at least one unit")
     alive = _alive(a, dim).unsqueeze(dim) | a.isnan().any(dim, keepdim=True) # NaN goes through, it is not hidden as 1
@@ -240,13 +242,14 @@ def activation_layers(
 def channel_dims(
     model:nn.Module, # network
     names:Iterable # names of its layers
-)->dict: # name -> 1 or -1
-    "Say where each layer has its channels: last behind a Linear, else second (ours)."
-    dim,found = 1,{}
+)->dict: # name -> `Channels` of the layer with weights before it
+    "Say where each layer has its channels: last behind a Linear, else second, in the order of registration (ours)."
+    channels,found = Channels(),{}
     for name,m in unwrap(model).named_modules():
-        if isinstance(m, (nn.Linear, nn.MultiheadAttention)): dim = -1
-        elif isinstance(m, _ConvNd): dim = 1
-        found[name] = dim
+        if isinstance(m, nn.Linear): channels = Channels(-1, m.out_features)
+        elif isinstance(m, nn.MultiheadAttention): channels = Channels(-1, m.embed_dim)
+        elif isinstance(m, _ConvNd): channels = Channels(1, m.out_channels, len(m.kernel_size)+2)
+        found[name] = channels
     return {name:found[name] for name in names}
 
 def base_name(
@@ -256,9 +259,6 @@ def base_name(
     return name.split(':')[0]
 
 # %% ../../nbs/measures/sparsity.ipynb #94732684
-_CONVOLUTIONS = F.conv1d,F.conv2d,F.conv3d,F.conv_transpose1d,F.conv_transpose2d,F.conv_transpose3d
-_WEIGHTED = {F.linear:'linear'} | {f:'convolution' for f in _CONVOLUTIONS}
-
 class ActivationWatch:
     "Hand the activations of a network to a function, whether they are modules or functions such as `F.relu` (ours)."
     def __init__(self,
@@ -279,28 +279,30 @@ class ActivationWatch:
         see:Callable # called with the name, the activations and their channel dimension
     ):
         "Call `see` at every activation inside, gradient attached."
-        def module_ran(call): see(call.name, call.out, self.channel_dim or self.dims[base_name(call.name)])
+        def module_ran(call):
+            see(call.name, call.out, self.channel_dim or self.dims[base_name(call.name)].axis_of(call.out))
         with catch(self.model, self.modules, after=module_ran), self._watching_functions(see): yield
 
     @contextmanager
     def _watching_functions(self, see):
         "Call `see` at every activation function that is no part of an activation module"
-        own,ran,over = set(self.modules.values()),list[str](),list[bool]()
+        own,ran,over = set(self.modules.values()),[Channels()],list[bool]()
         def function_ran(call):
             if over: return # the pass is over: this one belongs to the loss or to a penalty
-            if call.function in _WEIGHTED.values(): ran.append(call.function)
+            if call.function in WEIGHTED.values():
+                ran.append(ran.pop().after(call.function, call.out))
             elif call.module not in own and call.out.ndim>1:
-                self._see_function(call, see, dim=-1 if ran[-1:]==['linear'] else 1)
+                self._see_function(call, see, ran[-1].axis_of(call.out))
         if not self.watches_functions: yield
         else:
             network = unwrap(self.model)
             handles = [network.register_forward_pre_hook(lambda *_: over.clear()),
                 network.register_forward_hook(lambda *_: over.append(True))]
             try:
-                with catch(self.model, functions=FUNCTIONS | _WEIGHTED, after=function_ran): yield
+                with catch(self.model, functions=FUNCTIONS | WEIGHTED, after=function_ran): yield
             finally:
                 for handle in handles: handle.remove()
-            if ran and self.modules and not self.functions: self.watches_functions = False # it has none: save the time
+            if ran[-1].n and self.modules and not self.functions: self.watches_functions = False # it has none: save the time
 
     def _see_function(self, call, see, dim):
         "Name a function's call and hand it on if it is chosen"

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import store_attr
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from ..checks import number, one_of, whole
+from ..checks import number, one_of, true_or_false, whole
 from ..core import read_weight, select_layers, weight_view
 from .energy import MHE, Form, Stack, _wide
 from .projections import REDUCE, SLOPES, cosines, expected_of, project, projected_energies
@@ -67,6 +67,7 @@ class CoMHE(MHE):
         given = {name:value for name,value in dict(k=k, m=m, redraw=redraw, steps=steps).items() if value is not None}
         k,m,redraw,steps = (DEFAULTS[one_of('projection', projection, DEFAULTS)] | given).values()
         store_attr('projection,unrolled,reduce,share_basis,first_layer,output_layer,p_lr,seed')
+        for name in ('unrolled','share_basis'): true_or_false(name, getattr(self, name))
         one_of('reduce', reduce, REDUCE)
         one_of('first_layer', first_layer, ROLES)
         one_of('output_layer', output_layer, ROLES)
@@ -155,11 +156,16 @@ class CoMHE(MHE):
         self.roles = {name:self.role(name, shape[2]) for name,shape in shapes.items()}
         if 'project' in self.roles.values(): return {name:Stack(role, name==self.last, shapes[name])
             for name,role in self.roles.items() if role!='skip'}
-        if [*shapes]==[self.last] and self.output_layer!='project':
-            raise ValueError(f"layers={self.layers!r} is the output layer alone, which is not projected: give "
-                "output_layer='project', or use MHE")
-        raise ValueError(f"k={self.k!r}: no layer to project, the fan-ins of {list(shapes)} are "
-            f"{[d for *_,d in shapes.values()]}: give a smaller k or first_layer='project', or use MHE")
+        raise ValueError(f"no layer to project with k={self.k!r}. "
+            f"{'; '.join(self._why_not(name, d) for name,(*_,d) in shapes.items())}; or use MHE")
+
+    def _why_not(self, name, d):
+        "Why a layer is not projected, and what to give"
+        remedies = [f"{end}_layer='project'" for end,it in (('output', self.last), ('first', self.first))
+            if name==it and getattr(self, f'{end}_layer')!='project']
+        if d<=self.k: remedies.append(f"k<{d}")
+        place = 'output layer, ' if name==self.last else 'first layer, ' if name==self.first else ''
+        return f"{name!r} ({place}{d} inputs): give {' and '.join(remedies)}"
 
     def setup(self):
         "Sort the layers, and go on with the projections that were loaded or are there; draw if there are none."

@@ -16,7 +16,7 @@ from fastcore.basics import store_attr
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import number
+from ..checks import number, true_or_false
 from ..core import Regularizer, select_layers, weight_view
 
 # %% ../../nbs/regularizers/energy.ipynb #cf3fa1d3
@@ -30,12 +30,14 @@ class Form(NamedTuple):
     def check(self)->'Form': # itself
         "Return it, or raise a `ValueError` that names the option."
         number('s', self.s, at_least=0, at_most=10, what='a power')
+        for name in ('half_space','angular'): true_or_false(name, getattr(self, name))
         if self.eps is not None: number('eps', self.eps, at_least=0, what='None, or a number')
         return self
 
 # %% ../../nbs/regularizers/energy.ipynb #8fff007c
 def _check_neurons(w):
     "Refuse what is not at least two neurons of at least one number each"
+    if not isinstance(w, Tensor): raise ValueError(f"w is a {type(w).__name__}: give a tensor, torch.as_tensor(w)")
     if w.is_floating_point() and w.ndim in (2,3) and w.shape[-2]>=2 and w.numel(): return
     raise ValueError(f"w has shape {tuple(w.shape)} and type {w.dtype}: give floats (n,d) or (g,n,d) "
         "with n>=2 and d>=1, such as phantom_nb.core.weight_view(layer)")

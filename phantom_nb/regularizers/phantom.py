@@ -16,11 +16,10 @@ from fastai.callback.mixup import MixHandler
 from fastai.layers import NoneReduce
 from fastcore.basics import store_attr
 from torch import Tensor, distributed, nn # chkstyle: ignore
-from torch.nn.parallel import DataParallel
 
 from ..checks import whole
 from ..core import Regularizer
-from ..hooks import catch, compiled_words
+from ..hooks import catch, compiled_words, refuse_threads
 from ..measures.embeddings import apply_head, as_embeddings, find_head
 from ..measures.embeddings import interclass_similarity # chkstyle: ignore
 from ..measures.embeddings import n_outputs
@@ -129,14 +128,17 @@ class EmbeddingRegularizer(Regularizer):
     seen = list[Tensor]() # inputs of the head in this batch
     _hooks = None
 
-    def select(self): return dict([find_head(self.model, self.layers, getattr(getattr(self, 'dls', None), 'c', None))])
+    def select(self):
+        try: return dict([find_head(self.model, self.layers, getattr(getattr(self, 'dls', None), 'c', None))])
+        except ValueError as e:
+            if self.layers is None: raise
+            raise ValueError(f"{e} (layers= is another name of head= here)") from None
 
     def setup(self):
         "Refuse what cannot work, before the first batch."
         names = [type(m).__name__ for m in self.mixers()]
         if len(names)>1: raise ValueError(f"{' and '.join(names)} mix labels twice: leave one out")
-        if any(isinstance(m, DataParallel) for m in self.learn.model.modules()):
-            raise ValueError("DataParallel splits the batch over threads: train with learn.distrib_ctx() instead")
+        refuse_threads(self.learn.model)
 
     def open(self):
         self.close()
@@ -177,6 +179,13 @@ class EmbeddingRegularizer(Regularizer):
         raise ValueError(f"the network gives a {type(pred).__name__}: name the layer that makes its logits, head=...")
 
 # %% ../../nbs/regularizers/phantom.ipynb #fe5f71c0
+def _refuse_a_changing(head):
+    "Refuse a head that changes, or draws, whenever it is applied: here it is applied once more"
+    for module in head.modules():
+        if isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
+            raise ValueError(f"the head holds {type(module).__name__}, and 'mix' and 'right' apply it twice: name the "
+                "last Linear layer, head=...")
+
 def _refuse_a_mean(loss_func, n_classes, device, name):
     "Refuse a loss that gives no value a sample, which `mix` needs"
     logits,classes = torch.zeros(2, n_classes or 2, device=device),torch.arange(2, device=device)
@@ -225,6 +234,7 @@ class PhantomEmbeddings(EmbeddingRegularizer):
         for mixer in self.mixers() if self.queue else ():
             raise ValueError(f"queue={self.queue}: the memory keeps one class an image, and {type(mixer).__name__} "
                 "gives two: use queue=0")
+        if self.mode=='mix' or self.choose=='right': _refuse_a_changing(*self.selected.values())
         if self.mode!='mix': return
         (head,),device = self.selected.values(),next(self.model.parameters()).device
         with self._losses() as loss: _refuse_a_mean(loss, n_outputs(head), device, self.learn.loss_func)

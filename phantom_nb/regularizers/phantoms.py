@@ -84,6 +84,8 @@ def _pool(z, y, detach, bank, right):
     if right is not None: y = y.where(right, -1) if y.ndim==1 else y*right[:,None]
     if bank is None: return z, y
     if y.ndim==2: raise ValueError("bank holds one class an embedding: leave it out (queue=0) where labels are mixed")
+    if bank[0].shape[1:]!=z.shape[1:]:
+        raise ValueError(f"bank holds {tuple(bank[0].shape)}, the embeddings are {tuple(z.shape)}: give one width")
     return torch.cat([z, bank[0].detach().to(z)]), torch.cat([y, bank[1]])
 
 def _weights_of_others(z, pool, counts, k, generator, nearest):
@@ -304,7 +306,7 @@ def combine_with_phantoms(
     number('alpha', alpha, at_least=0, at_most=1)
     number('tau', tau, above=0, what='a temperature')
     classes = head(z).topk(whole('likely', likely, at_most=len(p_class)), 1)[1]
-    phantoms = p_class[classes]
+    phantoms = p_class.to(z)[classes]
     cosines = (directions(z)[:,None]*directions(phantoms)).sum(-1)
     weights = torch.softmax(cosines/tau, 1)
-    return head(torch.lerp(z, (weights[...,None]*phantoms).sum(1), alpha))
+    return head(torch.lerp(z, (weights[...,None]*phantoms).sum(1).to(z), alpha))

@@ -14,7 +14,7 @@ from fastcore.basics import store_attr
 
 from ..checks import number, one_of, whole
 from ..core import Regularizer
-from ..hooks import is_compiled
+from ..hooks import is_compiled, refuse_threads
 from ..measures.sparsity import ACTIVATIONS, OVER, ActivationWatch, activation_layers, activation_sparsity
 from ..measures.sparsity import dead_units, filter_correlation # chkstyle: ignore-node
 from ..measures.sparsity import measure_sparsity, perplexity, sparsity # chkstyle: ignore-node
@@ -53,11 +53,12 @@ def fastest_rising(
     window:int # epochs to look back, >= 2
 )->list: # names, at least one
     "Name the third of the layers whose sparsity rose fastest over the last epochs, by the slope of a line (ours)."
-    s = np.array([values[-window:] for values in history.values()])
+    names = [name for name,values in history.items() if len(values)>=window] # others have not run often enough
+    s = np.array([history[name][-window:] for name in names])
     epochs = np.arange(window)-(window-1)/2 # centred, so that this product is the slope up to a factor
     slope = (s-s.mean(1, keepdims=True))@epochs
     top = np.argsort(-slope, kind='stable')[:max(1, round(len(s)/3))]
-    return [list(history)[i] for i in sorted(top)]
+    return [names[i] for i in sorted(top)]
 
 # %% ../../nbs/regularizers/sparsity.ipynb #9511e911
 class TargetedSparsity(Regularizer):
@@ -87,8 +88,7 @@ class TargetedSparsity(Regularizer):
         self.history = dict[str,list]() # name -> mean sparsity of every epoch, for 'auto'
         self.outputs = dict[str,tuple]() # name -> (copy of this batch's activations, axis of their channels)
         self._cut = set[str]() # names of those that were computed without a graph
-        self._epoch = list[torch.Tensor]()
-        self._names = list[str]()
+        self._epoch = list[dict]() # name -> sparsity, a dict for each batch of this epoch
         self._together = False
         self._loaded = None
 
@@ -103,14 +103,15 @@ class TargetedSparsity(Regularizer):
     def setup(self):
         if is_compiled(self.model):
             raise ValueError("TargetedSparsity reads activations, which compiled code hides: train it without compile")
+        refuse_threads(self.learn.model)
         # what is measured over samples needs those of all processes
         needed = self.over=='samples' or self.correlation
         self._together = bool(needed) and on_several_processes(self.learn.model)
+        self._seen = False # whether a layer has run in this fit
         loaded,self._loaded = self._loaded or {},None
         self.chosen = list(loaded.get('chosen', []))
         self.history = {name:list(values) for name,values in loaded.get('history', {}).items()}
-        self._epoch = list(loaded.get('epoch', [])) # sparsities of this epoch's batches
-        self._names = list(loaded.get('names', [])) # of the layers that they belong to
+        self._epoch = list(loaded.get('epoch', []))
 
     # Every batch
     def open(self):
@@ -149,15 +150,17 @@ class TargetedSparsity(Regularizer):
 
     def penalty(self)->torch.Tensor: # scalar >= 0
         "Average the excess over the target, and the correlations, over the layers aimed at (eq. 3)."
-        if not self.outputs: raise self.watched.nothing_seen()
-        if self._cut.issuperset(self.aimed_at()):
+        if not self.outputs and not self._seen: raise self.watched.nothing_seen()
+        self._seen = True
+        aim = [name for name in self.aimed_at() if name in self.outputs] # others did not run
+        if aim and self._cut.issuperset(aim):
             raise ValueError("the activations aimed at were computed under torch.no_grad, so no penalty can act: "
                 "checkpoint with use_reentrant=False, or aim at other layers")
         measured = self.sparsities()
-        if self.layers=='auto': self._epoch.append(torch.stack([s.detach() for s,rho in measured.values()]))
-        self._names[:] = measured
-        excess = [(s-self.target).relu()+self.correlation*rho for s,rho in (measured[name] for name in self.aimed_at())]
-        return torch.stack(excess).mean()
+        if self.layers=='auto': self._epoch.append({name:s.detach() for name,(s,_) in measured.items()})
+        excess = [(s-self.target).relu()+self.correlation*rho for s,rho in (measured[name] for name in aim)]
+        if excess: return torch.stack(excess).mean()
+        return torch.zeros((), device=next(self.model.parameters()).device) # they did not run in this batch
 
     # Every epoch
     def after_train(self):
@@ -167,16 +170,19 @@ class TargetedSparsity(Regularizer):
     def end_epoch(self):
         "Close an epoch: 'auto' chooses again if it is time. Call it yourself in a loop of your own."
         if self.layers!='auto' or not self._epoch: return
-        means = torch.stack(self._epoch).mean(0).tolist()
-        for name,s in zip(self._names, means): self.history.setdefault(name, []).append(s)
+        seen = dict[str,list]()
+        for batch in self._epoch:
+            for name,s in batch.items(): seen.setdefault(name, []).append(s)
+        means = torch.stack([torch.stack(values).mean() for values in seen.values()]).tolist()
+        for name,s in zip(seen, means): self.history.setdefault(name, []).append(s)
         self._epoch.clear()
-        n_epochs = len(next(iter(self.history.values())))
+        n_epochs = max(map(len, self.history.values()))
         if n_epochs%self.rechoose==0: self.chosen[:] = fastest_rising(self.history, self.rechoose)
 
     # What is saved
     def state_dict(self)->dict: # steps, and for 'auto' what it has seen
         # the lists themselves, not copies: what `end_epoch` adds to them is in the state of the last step, too
-        own = dict(chosen=self.chosen, history=self.history, epoch=self._epoch, names=self._names)
+        own = dict(chosen=self.chosen, history=self.history, epoch=self._epoch)
         return super().state_dict() | (own if self.layers=='auto' else {})
 
     def load_state_dict(self,
