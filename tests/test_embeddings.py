@@ -91,7 +91,8 @@ def test_inputs_of_heads_become_embeddings(head, shape, applied):
     torch.testing.assert_close(apply_head(head, z), out)
 
 @pytest.mark.parametrize('head,shape,axes', [(nn.Linear(6, 3), (4,5,7,6), (1, 2)), (nn.Sequential(nn.LayerNorm(6), nn.Flatten()), (4,2,2,6), (1, 2)),
-    (nn.Sequential(nn.Conv1d(4, 3, 3)), (4,4,14), (2,)), (nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()), (4,5,7,6), (2, 3)), (nn.AdaptiveAvgPool2d(1), (4,5,7,6), (2, 3))], ids=str)
+    (nn.Sequential(nn.Conv1d(4, 3, 3)), (4,4,14), (2,)), (nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()), (4,5,7,6), (2, 3)),
+    (nn.AdaptiveAvgPool2d(1), (4,5,7,6), (2, 3))], ids=str)
 def test_maps_are_averaged_over_positions(head, shape, axes):
     "Wherever the layer says that its channels are"
     x = torch.randn(*shape, generator=gen())

@@ -453,9 +453,8 @@ def test_auto_aims_where_sparsity_rises_fastest():
 
 def test_an_epochs_sparsity_is_that_of_its_own_batches():
     cb = TargetedSparsity(1., 'auto')
-    cb._names[:] = 'ab'
     for values,want in (((.1,.3), .2), ((.5,), .5)):
-        cb._epoch.extend(torch.tensor([v,2*v]) for v in values)
+        cb._epoch.extend(dict(a=torch.tensor(v), b=torch.tensor(2*v)) for v in values)
         cb.end_epoch()
         assert {name:found[-1] for name,found in cb.history.items()}==pytest.approx(dict(a=want, b=2*want))
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import numpy as np, pandas as pd, torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ..checks import one_of
