@@ -449,11 +449,12 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
         check(_check_root, root)
         check(_check_folder, 'out', out or Path('sweeps'))
     from phantom_nb.experiments import plan
-    from phantom_nb.experiments.report import run_rows, show_results
+    from phantom_nb.experiments.report import retry_words, run_rows, show_results
     from phantom_nb.experiments.runner import load_results, make_learner, settle_precision
     console,code = _wide_console(),0
     with console.status("Reading the images ..."):
-        told = [_image_words(plan, part.runs[0], make_learner(part.runs[0], root).dls) for part in experiment.parts]
+        firsts = {(run.data, run.n_train, run.n_valid, run.per_class):run for run in experiment.runs[::-1]}
+        told = [_image_words(plan, run, make_learner(run, root).dls) for run in [*firsts.values()][::-1]]
     for sentence in dict.fromkeys(told): _say(console, sentence)
     _say(console, f"{plan.counted(len(experiment.runs), 'run')}.")
     out,n = out or Path('sweeps')/experiment.name, len(experiment.runs)
@@ -468,6 +469,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     if df is not None and there: show_results(df, console, metric=_judged_on(df), planned=run_rows(experiment.runs))
     if sentence := _others_words(out, df): _say(console, sentence)
     if there<n: _say(console, f"{there} of {plan.counted(n, 'run')} are in. The same command goes on from here.")
+    if df is not None and (df.status=='failed').any(): _say(console, retry_words(df, out))
     if there: _say(console, f"Rows: {out/'results.jsonl'}")
     if there: _write_page(console, df, df, out/'comparison.html')
     raise typer.Exit(code)

@@ -1,5 +1,5 @@
 "The page on a comparison: what was felt, what was moved, what stands on sound ground"
-import re
+import json, re
 import numpy as np, pandas as pd, pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -100,3 +100,27 @@ def test_compare_and_sweep_write_it(tmp_path, monkeypatch):
     (tmp_path/'s.toml').write_text('experiment = "s"\nn_train = 50\nepochs = 2\nseeds = 2\nmethods = ["none", "dropout"]\n')
     res = CliRunner().invoke(app, ['sweep', 's.toml', '--jobs', '1'])
     assert res.exit_code==0 and 'dropout' in (tmp_path/'sweeps/s/comparison.html').read_text(), res.output
+
+def test_settings_without_a_finished_baseline_and_without_times():
+    "All of plain training diverged; a table from before times were recorded"
+    df = rows()
+    with pytest.raises(ValueError, match='no finished run'): comparison_html(df.assign(status=df.status.where(df.method!='none', 'diverged')))
+    assert 'Gain' not in comparison_html(df.assign(seconds=np.nan)) and 'All methods' in comparison_html(df.assign(seconds=np.nan))
+
+def test_a_folder_whose_size_was_not_given():
+    "What else to try, where plain training is often wrong"
+    df = rows(train=.95).assign(data='photos/', size=None, pretrained=False, accuracy=.7)
+    assert 'a pretrained network' in comparison_html(df) and 'larger images' not in comparison_html(df)
+    assert 'larger images (--size 128)' in comparison_html(df.assign(size=64))
+
+def test_rows_from_before_images_were_named(tmp_path, capsys):
+    "They are of the same images: nothing changed in a data set with a name"
+    def compare():
+        with pytest.raises(SystemExit) as e: cli.main(['compare', '--methods', 'mixup', '--seeds', '1', '--epochs', '1', '--n-train', '40', '--jobs', '1', '--out', str(tmp_path)])
+        return e.value.code, ' '.join(capsys.readouterr().out.split())
+    assert compare()[0]==0
+    for file in (tmp_path/'runs').glob('*.json'):
+        row = json.loads(file.read_text())
+        file.write_text(json.dumps({k:v for k,v in row.items() if k not in ('images', 'digest')}))
+    code,out = compare()
+    assert code==0 and 'other images' not in out and '2 of 2 runs are recorded already' in out

@@ -297,3 +297,9 @@ def test_epochs_are_named_where_they_go_with_something_else():
     assert tell_apart(pd.DataFrame(told))[1]==['data','n_train','epochs']
     assert tell_apart(pd.DataFrame(told[:6]))[1]==['data','n_train']
     assert tell_apart(pd.DataFrame(told).assign(n_train=100))[1]==['data','n_train','epochs'], "epochs tell more than n_valid"
+
+def test_why_nothing_can_be_compared():
+    df = frame()
+    df = df.assign(status=df.method.map(lambda m: 'diverged' if m=='none' else 'done'))
+    assert 'none of its 4 runs is finished' in verdict(comparison(df))
+    assert 'no run of it is here' in verdict(comparison(df[df.method!='none']))

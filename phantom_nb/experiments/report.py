@@ -7,7 +7,7 @@ __all__ = ['HOUSE', 'SAME', 'BETTER', 'WORSE', 'NEITHER', 'COLOURS', 'TELLING', 
            'unit_of', 'metric_words', 'span', 'each_comparison', 'verdict', 'text_cells', 'as_rich', 'as_markdown',
            'forest', 'plot_comparison', 'plot_comparisons', 'filter_rows', 'overview', 'run_rows', 'tell_apart',
            'run_labels', 'legend', 'direction_words', 'show_results', 'save_figure', 'run_title', 'write_csv',
-           'write_report', 'show_comparison', 'front_figure']
+           'write_report', 'retry_words', 'show_comparison', 'front_figure']
 
 # %% ../../nbs/experiments/report.ipynb #3f71e30a
 from collections.abc import Generator, Iterable, Sequence
@@ -491,6 +491,15 @@ def write_report(
         save_figure(plot_comparison(table, run_title(run)), folder/'comparison.png')
     return table
 
+def retry_words(
+    df:pd.DataFrame, # recorded runs, at least one of which failed
+    out:str|Path # their folder
+)->str: # two sentences
+    "Say why a run failed, and how to try it again (ours)."
+    error = df[df.status=='failed'].error.iloc[0]
+    return f"The first error: {error}. To try a failed run again, delete its file in {Path(out)/'runs'} and repeat the " \
+        "command."
+
 def show_comparison(
     runs:list, # the comparison's `Run`s
     out:str|Path, # its folder
@@ -512,9 +521,7 @@ def show_comparison(
     why = ', '.join(sorted(set(bad.status)))
     if len(bad): console.print(f"{len(bad)} of {len(df)} runs did not finish ({why}); they are left out of the means.")
     if 'failed' in set(bad.status):
-        error = bad[bad.status=='failed'].error.iloc[0]
-        console.print(f"The first error: {error}. To try a failed run again, delete its file in {out/'runs'} "
-            "and repeat the command.", soft_wrap=True, highlight=False, markup=False)
+        console.print(retry_words(bad, out), soft_wrap=True, highlight=False, markup=False)
     console.print(f"Rows: {out/'results.csv'}   picture: {out/'comparison.png'}", soft_wrap=True, highlight=False,
         markup=False)
 
