@@ -155,7 +155,9 @@ def draw_times(
     "Draw what a method brings against what it costs (ours)."
     unit,one = unit_of(table),table.seconds.get(about(table)['baseline'], np.nan)
     table = table[(table.seconds/one).notna()].sort_values('diff', na_position='first')
-    if table.empty: return ax.set_axis_off() # times were not recorded
+    if table.empty: # times were not recorded
+        ax.set_axis_off()
+        return
     times,gains = table.seconds/one,unit.factor*table['diff'].fillna(0)
     points = sorted(zip(gains, times, map(str, table.index)))
     ax.plot(times, gains, 'o')

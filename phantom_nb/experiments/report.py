@@ -497,8 +497,8 @@ def retry_words(
 )->str: # two sentences
     "Say why a run failed, and how to try it again (ours)."
     error = df[df.status=='failed'].error.iloc[0]
-    return f"The first error: {error}. To try a failed run again, delete its file in {Path(out)/'runs'} and repeat the " \
-        "command."
+    remedy = f"To try a failed run again, delete its file in {Path(out)/'runs'} and repeat the command."
+    return f"The first error: {error}. {remedy}"
 
 def show_comparison(
     runs:list, # the comparison's `Run`s

@@ -34,7 +34,7 @@ class Channels(NamedTuple):
     def after(self,
         function:str, # a value of `WEIGHTED`
         out:Tensor # (B,...) what it put out
-    )->'Channels':
+    )->'Channels': # behind it
         "Go on behind another layer; normalization over as many numbers as there are channels has them last."
         if function=='layer_norm': return self._replace(axis=-1) if out.shape[-1]==self.n else self
         return Channels(-1, out.shape[-1]) if function=='linear' else Channels(1, out.shape[1], out.ndim)

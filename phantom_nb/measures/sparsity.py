@@ -301,7 +301,7 @@ class ActivationWatch:
                 with catch(self.model, functions=FUNCTIONS | WEIGHTED, after=function_ran): yield
             finally:
                 for handle in handles: handle.remove()
-            if ran[-1].n and self.modules and not self.functions: self.watches_functions = False # it has none: save the time
+            if ran[-1].n and self.modules and not self.functions: self.watches_functions = False # none: save the time
 
     def _see_function(self, call, see, dim):
         "Name a function's call and hand it on if it is chosen"
