@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import pandas as pd, torch
@@ -91,14 +92,14 @@ def select_layers(
 # %% ../nbs/core.ipynb #0d107efe
 def read_weight(
     module:nn.Module # Linear, or Conv1d-3d, transposed or not
-)->Tensor: # its weight, with gradient; None if it has none
+)->Any: # its weight, a tensor with gradient; None if it has none
     "Read a weight and change nothing: one that changes as training reads it (spectral norm) is read as in evaluation."
     parts = getattr(module, 'parametrizations', {})
-    if 'weight' not in parts: return getattr(module, 'weight', None) # type: ignore[return-value]
+    if 'weight' not in parts: return getattr(module, 'weight', None)
     modes = [(part, part.training) for part in parts['weight'].modules()]
     try:
         parts['weight'].eval()
-        return module.weight # type: ignore[return-value] # any module may come
+        return module.weight
     finally:
         for part,mode in modes: part.training = mode
 

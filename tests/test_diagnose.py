@@ -141,7 +141,7 @@ def test_bands_of_the_package_are_those_of_the_rows():
     "The rows give the file again; quantiles rise, every quantity is there at every depth, and groups are chosen by size"
     table = json.loads((ROOT/'phantom_nb'/BANDS).read_text())
     rows = pd.concat([load_results(path) for path in sorted((ROOT/'results').glob('*.jsonl')) if b'net_c3' in path.read_bytes()])
-    assert reference_bands(rows)==table and len(table)==4
+    assert reference_bands(rows)==table and len(table)==5
     for told in table.values():
         assert told['networks']>=told['layers']['networks']>=20 and told['settings']
         by_layer = [told['layers'][q] for q in BY_LAYER]
