@@ -82,7 +82,7 @@ def chosen_values(
     done = runs.assign(score=runs.valid_accuracy.where(runs.status=='done', -1.))
     scores = _by_weight(done, 'score').dropna(axis=1) # seeds with all weights
     values = _by_weight(done, metric)[scores.columns]
-    if scores.empty: return pd.Series(dtype=float)
+    if scores.empty or scores.shape[1]==1<len(scores): return pd.Series(dtype=float) # nobody else to choose by
     return pd.Series(leave_one_out(scores, values), scores.columns).dropna()
 
 def _with_plain(runs, plain):
