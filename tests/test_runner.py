@@ -24,6 +24,7 @@ def test_key_names_the_run_and_nothing_else():
     others = [replace(Run(), **{k:v}) for k,v in dict(data='fashion_mnist', n_train=None, n_valid=10, augment=True, model='wrn', width=2., depth=2.,
         method='mixup', opt='sgd', lr=.1, schedule='constant', bs=32, epochs=3, seed=1, experiment='x', mom=.8, stop_loss=.1, size=16, padding='reflect',
         imbalance=10., label_noise=.2, per_class=3, pretrained=True, frozen=1, body_lr=.1, folds=5, test=True, precision='bf16', compile=True).items()]
+    others.append(Run(pretrained=True, frozen_norm=True))
     assert len({o.key for o in [Run(), *others]}) == len(others)+1
 
 def test_key_is_stable_across_processes():
@@ -36,7 +37,7 @@ def test_key_is_stable_across_processes():
     (dict(epochs=1.5), 'epochs=1.5'), (dict(seed=-1), 'seed=-1'), (dict(n_train=0), 'n_train=0'), (dict(bs=1), 'bs=1'), (dict(lr=0.), 'lr=0.0'),
     (dict(method='mhe', settings=dict(lamda=1)), "did you mean 'lam'"), (dict(settings=dict(p=.1)), "setting of none='p'"), (dict(schedule='step:2'), 'step:0.1@0.5,0.75'), (dict(data='./none'), 'no such folder'),
     (dict(method='none+mhe'), 'leave out none'), (dict(method='mhe+mhe'), 'occurs twice'), (dict(mom=1.), 'mom=1.0'), (dict(folds=1), 'folds=1'),
-    (dict(frozen=60), 'frozen=60'), (dict(label_noise=1.), 'label_noise=1.0'), (dict(imbalance=.5), 'imbalance=0.5'), (dict(test=1), 'test=1'),
+    (dict(frozen=60), 'frozen=60'), (dict(frozen_norm=True), 'pretrained=True, too'), (dict(label_noise=1.), 'label_noise=1.0'), (dict(imbalance=.5), 'imbalance=0.5'), (dict(test=1), 'test=1'),
     (dict(model='timm:'), 'give one of')], ids=str)
 def test_wrong_specification_is_refused(kw, what):
     with pytest.raises(ValueError, match=what): Run(**kw)
@@ -275,6 +276,19 @@ def test_head_is_trained_alone_at_first():
     moved = sum(seen[0])
     assert 0<moved<len(before)-2 and sum(seen[1])>moved
     assert [h['lr'] for h in learn.opt.hypers]==pytest.approx([.001, .01/10**.5, .01])
+
+@pytest.mark.parametrize('norm', [True,False])
+def test_frozen_norm_keeps_means_and_variances_and_trains_the_rest(norm):
+    learn = make_learner(replace(QUICK, frozen=1), device='cpu')
+    if norm: learn.add_cb(learner.FreezeNorm())
+    stats,rest = ([p.clone() for p in values()] for values in (learn.model.buffers, learn.model.parameters))
+    learn.fit(2)
+    assert stats and all(torch.equal(a, b) for a,b in zip(stats, learn.model.buffers()))==norm
+    assert all((a!=b).any() for a,b in zip(rest, learn.model.parameters()))
+
+def test_frozen_norm_is_part_of_a_run():
+    fake = replace(QUICK, model='timm:tf_efficientnet_lite0', pretrained=True, frozen_norm=True)
+    assert any(isinstance(cb, learner.FreezeNorm) for cb in learner.callbacks_of(fake, None))
 
 @pytest.mark.parametrize('model', ['small_cnn','resnet9'])
 def test_products_of_weights_really_are_bf16(model):

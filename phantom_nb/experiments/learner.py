@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'REMEDY_FILE', 'REMEDY_DATA', 'schedule_of', 'Bfloat16', 'product_types', 'NoValidation',
-           'StopAtNaN', 'StopAtLoss', 'FreezeFirst', 'load_data', 'hold_out', 'loaders_of', 'QuickLearner',
-           'QuickCrossEntropy', 'make_learner', 'optimizer_of', 'callbacks_of', 'ScaledSchedule', 'step_seconds',
-           'faster_precision', 'evaluate', 'judge', 'measure_learner', 'commit', 'provenance', 'open_learner',
-           'outputs_for', 'trained_on', 'loaders_for']
+           'StopAtNaN', 'StopAtLoss', 'FreezeFirst', 'FreezeNorm', 'load_data', 'hold_out', 'loaders_of',
+           'QuickLearner', 'QuickCrossEntropy', 'make_learner', 'optimizer_of', 'callbacks_of', 'ScaledSchedule',
+           'step_seconds', 'faster_precision', 'evaluate', 'judge', 'measure_learner', 'commit', 'provenance',
+           'open_learner', 'outputs_for', 'trained_on', 'loaders_for']
 
 # %% ../../nbs/experiments/learner.ipynb #136af0cb
 import math, os, platform, statistics, subprocess, time, warnings
@@ -26,6 +26,7 @@ from fastai.callback.schedule import ParamScheduler, SchedCos, combined_cos
 from fastai.losses import CrossEntropyLossFlat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import phantom_nb
 from ..core import Regularizer, TrainingCallback
@@ -127,6 +128,13 @@ class FreezeFirst(Callback):
     def before_epoch(self):
         # the optimizer's own, for `Learner.freeze` forgets its moments, every time
         self.learn.opt.freeze_to(-1 if self.epoch<self.epochs else 0)
+
+class FreezeNorm(Callback):
+    "Keep the means and variances of batch normalization in training, and train its scales and shifts (ours)."
+    order = 5
+    def before_train(self):
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm): module.eval()
 
 # %% ../../nbs/experiments/learner.ipynb #62a929a0
 @lru_cache(maxsize=1)
@@ -235,6 +243,7 @@ def callbacks_of(
     if run.precision=='bf16': cbs.append(Bfloat16())
     if run.stop_loss: cbs.append(StopAtLoss(run.stop_loss))
     if run.frozen: cbs.append(FreezeFirst(run.frozen))
+    if run.frozen_norm: cbs.append(FreezeNorm())
     schedule = schedule_of(run.schedule)
     if schedule is None and run.body_lr==1: return cbs
     rates = [run.lr] if run.body_lr==1 else list(even_mults(run.lr*run.body_lr, run.lr, len(param_groups(model))))

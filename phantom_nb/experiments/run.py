@@ -100,6 +100,7 @@ class Run:
     pretrained:bool = False # begin with the library's weights
     frozen:int = 0 # epochs at first in which the head alone is trained, < epochs
     body_lr:float = 1. # learning rate of the first layers to that of the head, in (0,1]
+    frozen_norm:bool = False # batch normalization keeps the means and variances that a pretrained network came with
     folds:int = 0 # cross-validation: test images are part seed % folds of the data; 0 for the data's own test images
     test:bool = False # judge on test images although there are validation images
     coarse:bool = False # superclasses as labels
@@ -123,7 +124,9 @@ class Run:
         if str(self.schedule).startswith('step'): check(step_points, self.schedule)
         else: check(one_of, 'schedule', self.schedule, SCHEDULE_NAMES)
         if not isinstance(self.augment, bool): check(one_of, 'augment', self.augment, AUGMENT_NAMES)
-        for name in ('compile','pretrained','test','coarse'): check(true_or_false, name, getattr(self, name))
+        for name in ('compile','pretrained','frozen_norm','test','coarse'): check(true_or_false, name, getattr(self, name))
+        if self.frozen_norm is True and self.pretrained is False:
+            check.refuse("frozen_norm=True: there is no mean and variance to keep, give pretrained=True, too")
 
     def _check_word(self, name):
         value = getattr(self, name)
