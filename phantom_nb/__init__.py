@@ -22,6 +22,7 @@ _HOMES = {
     'intraclass_report':'measures.intraclass', 'interclass_similarity':'measures.embeddings',
     'diagnose':'experiments.diagnose', 'save_diagnosis':'experiments.diagnosis_page',
     'granulated_kendall':'measures.ranking', 'get_dls':'data', 'load_dataset':'data', 'create_model':'models',
+    'FreezeNorm':'pretrained',
     'Run':'experiments.runner', 'run_one':'experiments.runner', 'run_many':'experiments.runner',
     'load_results':'experiments.runner', 'Checkpoint':'experiments.checkpoint'}
 

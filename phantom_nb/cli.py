@@ -65,7 +65,7 @@ Pretrained = Annotated[bool, _option("Begin with the library's weights; "
 Augment = Annotated[str, _option("auto, none, crop, resized or full. Default: none; auto for a folder.")]
 Size = Annotated[int|None, _option("Side of the images in pixels. Default: the data's own; "
     "for a learner that was trained on a folder, that of its images.")]
-Lr = Annotated[float|None, _option("Highest learning rate. Default: 0.01; 0.002 with --pretrained.")]
+Lr = Annotated[float|None, _option("Highest learning rate. Default: 0.01; 0.001 with --pretrained.")]
 Precision = Annotated[str, _option("float32, bf16, or auto: what a few timed steps show to be faster.")]
 Out = Annotated[Path|None, _option("Folder for the results. Default: compare/DATA-N_TRAIN.")]
 Root = Annotated[Path|None, _option("Folder to look for the data first.")]
@@ -256,8 +256,8 @@ def _shared_fields(data, model, pretrained, augment, size, lr, precision):
     augment = augment or ('auto' if folder else 'none')
     told = dict(data=data, model=model, pretrained=pretrained, size=size, precision=precision)
     told['augment'] = False if augment=='none' else augment
-    told['lr'] = (.002 if pretrained else .01) if lr is None else lr
-    if pretrained: told |= dict(frozen=1, body_lr=.1)
+    told['lr'] = (.001 if pretrained else .01) if lr is None else lr
+    if pretrained: told |= dict(frozen=1, body_lr=.3, frozen_norm=True)
     if folder: told['size'] = 128 if size is None else size
     return told
 

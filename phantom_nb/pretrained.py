@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'LIBRARIES', 'last_layer', 'first_convolution', 'fit_channels', 'set_module', 'keep_inputs',
            'read_weights', 'start_small', 'load_weights', 'packaged_weights', 'unknown_model', 'data_config',
-           'is_foreign', 'foreign_model', 'param_groups']
+           'is_foreign', 'foreign_model', 'param_groups', 'FreezeNorm']
 
 # %% ../nbs/pretrained.ipynb #2d83d048
 import difflib, pickle
 import torch, torchvision
 from collections.abc import Iterable
 from pathlib import Path
+from fastai.basics import Callback
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing import Any
 from .checks import number, whole
 from .hooks import evaluating, unwrap
@@ -265,3 +267,11 @@ def param_groups(
         late = late or bool(middle) and name.startswith(middle)
         groups[2 if id(p) in head else int(late)].append(p)
     return [group for group in groups if group]
+
+# %% ../nbs/pretrained.ipynb #a7e21c94
+class FreezeNorm(Callback):
+    "Keep the means and variances of batch normalization in training, and train its scales and shifts (He 2016)."
+    order = 5
+    def before_train(self):
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm): module.eval()

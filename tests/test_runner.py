@@ -16,6 +16,7 @@ from phantom_nb.experiments.methods import METHODS, make_method
 from phantom_nb.experiments.runner import Run, load_results, name_images, run_many, run_one, settle_precision, train_run
 from phantom_nb.experiments.store import recorded_row, save_results, write_atomic, write_row
 from phantom_nb.models import MODELS
+from phantom_nb.pretrained import FreezeNorm
 
 QUICK = Run(epochs=2, n_train=40)
 
@@ -280,7 +281,7 @@ def test_head_is_trained_alone_at_first():
 @pytest.mark.parametrize('norm', [True,False])
 def test_frozen_norm_keeps_means_and_variances_and_trains_the_rest(norm):
     learn = make_learner(replace(QUICK, frozen=1), device='cpu')
-    if norm: learn.add_cb(learner.FreezeNorm())
+    if norm: learn.add_cb(FreezeNorm())
     stats,rest = ([p.clone() for p in values()] for values in (learn.model.buffers, learn.model.parameters))
     learn.fit(2)
     assert stats and all(torch.equal(a, b) for a,b in zip(stats, learn.model.buffers()))==norm
@@ -288,7 +289,7 @@ def test_frozen_norm_keeps_means_and_variances_and_trains_the_rest(norm):
 
 def test_frozen_norm_is_part_of_a_run():
     fake = replace(QUICK, model='timm:tf_efficientnet_lite0', pretrained=True, frozen_norm=True)
-    assert any(isinstance(cb, learner.FreezeNorm) for cb in learner.callbacks_of(fake, None))
+    assert any(isinstance(cb, FreezeNorm) for cb in learner.callbacks_of(fake, None))
 
 @pytest.mark.parametrize('model', ['small_cnn','resnet9'])
 def test_products_of_weights_really_are_bf16(model):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'REMEDY_FILE', 'REMEDY_DATA', 'schedule_of', 'Bfloat16', 'product_types', 'NoValidation',
-           'StopAtNaN', 'StopAtLoss', 'FreezeFirst', 'FreezeNorm', 'load_data', 'hold_out', 'loaders_of',
-           'QuickLearner', 'QuickCrossEntropy', 'make_learner', 'optimizer_of', 'callbacks_of', 'ScaledSchedule',
-           'step_seconds', 'faster_precision', 'evaluate', 'judge', 'measure_learner', 'commit', 'provenance',
-           'open_learner', 'outputs_for', 'trained_on', 'loaders_for']
+           'StopAtNaN', 'StopAtLoss', 'FreezeFirst', 'load_data', 'hold_out', 'loaders_of', 'QuickLearner',
+           'QuickCrossEntropy', 'make_learner', 'optimizer_of', 'callbacks_of', 'ScaledSchedule', 'step_seconds',
+           'faster_precision', 'evaluate', 'judge', 'measure_learner', 'commit', 'provenance', 'open_learner',
+           'outputs_for', 'trained_on', 'loaders_for']
 
 # %% ../../nbs/experiments/learner.ipynb #136af0cb
 import math, os, platform, statistics, subprocess, time, warnings
@@ -26,7 +26,6 @@ from fastai.callback.schedule import ParamScheduler, SchedCos, combined_cos
 from fastai.losses import CrossEntropyLossFlat
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import phantom_nb
 from ..core import Regularizer, TrainingCallback
@@ -39,7 +38,7 @@ from .quantities import calibration_error, judge_spoilt, logit_margins, network_
 from .run import Run, step_points
 from ..measures.embeddings import embedding_metrics, watch_head
 from ..models import create_model
-from ..pretrained import param_groups
+from ..pretrained import FreezeNorm, param_groups
 
 # %% ../../nbs/experiments/learner.ipynb #bdd3848a
 SCHEDULES = dict(one_cycle=combined_cos(.25, 1/25, 1, 1e-5), flat_cos=combined_cos(.75, 1, 1, 1e-5),
@@ -128,13 +127,6 @@ class FreezeFirst(Callback):
     def before_epoch(self):
         # the optimizer's own, for `Learner.freeze` forgets its moments, every time
         self.learn.opt.freeze_to(-1 if self.epoch<self.epochs else 0)
-
-class FreezeNorm(Callback):
-    "Keep the means and variances of batch normalization in training, and train its scales and shifts (ours)."
-    order = 5
-    def before_train(self):
-        for module in self.model.modules():
-            if isinstance(module, _BatchNorm): module.eval()
 
 # %% ../../nbs/experiments/learner.ipynb #62a929a0
 @lru_cache(maxsize=1)
