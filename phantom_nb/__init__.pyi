@@ -31,6 +31,7 @@ from .measures.ranking import granulated_kendall as granulated_kendall
 from .data.loaders import get_dls as get_dls
 from .data.readers import load_dataset as load_dataset
 from .models import create_model as create_model
+from .pretrained import FreezeNorm as FreezeNorm
 from .experiments.run import Run as Run
 from .experiments.runner import run_one as run_one
 from .experiments.runner import run_many as run_many

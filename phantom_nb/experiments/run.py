@@ -124,7 +124,8 @@ class Run:
         if str(self.schedule).startswith('step'): check(step_points, self.schedule)
         else: check(one_of, 'schedule', self.schedule, SCHEDULE_NAMES)
         if not isinstance(self.augment, bool): check(one_of, 'augment', self.augment, AUGMENT_NAMES)
-        for name in ('compile','pretrained','frozen_norm','test','coarse'): check(true_or_false, name, getattr(self, name))
+        for name in ('compile','pretrained','frozen_norm','test','coarse'):
+            check(true_or_false, name, getattr(self, name))
         if self.frozen_norm is True and self.pretrained is False:
             check.refuse("frozen_norm=True: there is no mean and variance to keep, give pretrained=True, too")
 
