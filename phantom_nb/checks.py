@@ -31,9 +31,9 @@ def one_of(
     words = [str(choice) or "''" for choice in choices]
     near = get_close_matches(str(value), words, n=5) or get_close_matches(str(value).lower(), words, n=5)
     guess = f" (did you mean {near[0]!r}?)" if near else ''
-    told = ', '.join(words)
+    told = f"one of {', '.join(words)}"
     if near and len(words)>MANY: told = f"{', '.join(near)}, or one of the {len(words)-len(near)} others"
-    raise ValueError(f"{name}={_shown(value)}{guess}: give one of {told}")
+    raise ValueError(f"{name}={_shown(value)}{guess}: give {told}")
 
 # %% ../nbs/checks.ipynb #282a5ae5
 def _range_words(at_least=None, above=None, at_most=None, below=None):

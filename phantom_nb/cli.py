@@ -51,11 +51,13 @@ def _option(help): return typer.Option(help=help, readable=False) # whether a fi
 def _argument(help): return typer.Argument(help=help, readable=False)
 def _names(d): return ', '.join(d)
 
-Data = Annotated[str, _option(f"Data set ({_names(DATA_NAMES)}) or a folder of images: train/CLASS/*, test/CLASS/*.")]
+Data = Annotated[str, _option(f"Data set ({_names(DATA_NAMES)}) or a folder of images: CLASS/*, or "
+    "train/CLASS/* and test/CLASS/*.")]
 NTrain = Annotated[int|None, _option("Training images, class-balanced. "
     "Default: digits 200, cifar100 5000, a folder's all, else 1000; all with --time-budget.")]
 Methods = Annotated[str|None, _option(f"Comma-separated, joined by + to combine, a setting behind a colon "
-    f"(half_mhe:lam=3), from: {_names(METHODS)}. Default: all that differ.")]
+    f"(half_mhe:lam=3), from: {_names(METHODS)}. "
+    "Default: one of each kind, as many as fit the time.")]
 Seeds = Annotated[int|None, _option("Runs of every method, with seeds 0, 1, ... Default: 5, or what fits the time.")]
 Epochs = Annotated[int|None, _option("Passes over the training images. "
     "Default: what suits the data, or fits the time.")]
@@ -250,11 +252,17 @@ def _check_folder(name, folder):
     if not found.is_dir(): raise ValueError(f"{told} is a file, give a folder")
     if not os.access(found, os.W_OK|os.X_OK): raise ValueError(f"{told} cannot be written")
 
+def _same_name(folder):
+    "One name for a folder, however it is spelt: relative where it lies in the working directory"
+    path,here = Path(os.path.abspath(Path(folder).expanduser())),Path.cwd()
+    name = str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return f'./{name}' if name in DATA_NAMES else name
+
 def _shared_fields(data, model, pretrained, augment, size, lr, precision):
     "Fields of `Run` that all runs of a comparison share"
     folder = data not in DATA_NAMES and Path(data).expanduser().is_dir()
     augment = augment or ('auto' if folder else 'none')
-    told = dict(data=data, model=model, pretrained=pretrained, size=size, precision=precision)
+    told = dict(data=_same_name(data) if folder else data, model=model, pretrained=pretrained, size=size, precision=precision)
     told['augment'] = False if augment=='none' else augment
     told['lr'] = (.001 if pretrained else .01) if lr is None else lr
     if pretrained: told |= dict(frozen=1, body_lr=.3, frozen_norm=True)
@@ -302,7 +310,7 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
         if budget is None:
             runs = plan.comparison_runs(n_train=n_train, methods=chosen, seeds=seeds or 5, epochs=epochs, **fields)
         else: runs,advice = _planned(plan, console, fields, n_train, budget, chosen, seeds, epochs, out, root, jobs)
-        out = out or _compare_folder(data, runs[0].n_train)
+        out = out or _compare_folder(fields['data'], runs[0].n_train)
         runs = runner.settle_precision(runs, out/'runs', root)
         _say(console, _runs_words(plan, runs))
         _say_images(console, plan, runs, runner.make_learner(runs[0], root).dls, budget, not _left_of(runs, out))
@@ -354,7 +362,8 @@ def _say_findings(console, df, baseline='none'):
 
 def _compare_folder(data, n_train):
     "Where the results of a comparison go"
-    name = Path(data).expanduser().resolve().name if '/' in data else data
+    path = Path(data).expanduser()
+    name = path.resolve().name if path.is_absolute() else '-'.join(p for p in path.parts if p!='..') or path.resolve().name
     return Path('compare')/f"{name}-{n_train or 'all'}"
 
 def _runs_words(plan, runs):
@@ -693,22 +702,18 @@ def report(learner:Saved, data:Seen=None, n_train:Trained=None, size:Size=None, 
             if value is not None: check(whole, name, value)
         check(_check_root, root)
         check(_check_saved, learner)
-    from phantom_nb.data import get_dls, load_dataset
     from phantom_nb.experiments.diagnose import diagnose
     from phantom_nb.experiments.diagnosis_page import save_diagnosis
-    from phantom_nb.experiments.learner import open_learner, trained_on
+    from phantom_nb.experiments.learner import open_learner
     learn,console = open_learner(learner),_wide_console()
     dls = _learner_loaders(learn, data, n_train, root, size)
     if data is None: _say(console, "Looked at: digits. Say --data FOLDER for images of your own.")
     data = data or 'digits'
-    images = load_dataset(data, root, size=dls.train_ds.x.shape[-1])
-    own = images.x_valid is not None
-    if own: dls = get_dls(images, device='cpu')
+    own = len(dls.valid_ds)>0
     held = dls.valid if own else dls.test
     if not len(held.dataset):
         raise ValueError(f"{data} has no images but training images: add a folder test/ or valid/")
-    n_train = n_train or trained_on(learn, len(images.x_train))
-    found = diagnose(learn, dls.train, held, n_train=n_train, title=f"{learner.name} on {data}")
+    found = diagnose(learn, dls.train, held, n_train=n_train or dls.train_ds.n_pool, title=f"{learner.name} on {data}")
     page,picture = save_diagnosis(found, out)
     _say(console, f"Held-out images: {'validation' if own else 'test'} images of {data}. Do not choose between "
         "networks on them.")

@@ -167,8 +167,8 @@ def _timm_model(name, n_in, n_out, size, dropout, pretrained):
     try: model = timm.create_model(name, pretrained=pretrained, **options)
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
-        raise ConnectionError(f"the weights of timm:{name} were not fetched ({str(e).splitlines()[0]}); "
-            "give a file with weights=FILE") from e
+        raise ConnectionError(f"the weights of timm:{name} were not fetched ({str(e).splitlines()[0]}); take "
+            f"timm:{PACKAGED}, which needs no download, or give a file with weights=FILE") from e
     if pretrained and n_out != config.num_classes: start_small(model)
     return model
 

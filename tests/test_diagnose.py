@@ -80,15 +80,68 @@ def test_a_bump_that_is_over_is_no_over_fitting(trained):
     found = diagnose(trained, curves=curves)
     assert onset_of(found) is None and any('did not rise for good in 15 epochs' in f.fact for f in found.findings)
 
+def saved_again(learn, path):
+    from phantom_nb.experiments.learner import open_learner
+    learn.export(path)
+    return open_learner(path)
+
 def test_a_report_counts_the_images_that_trained(tmp_path):
     "50 of 1,000 images were held out, so 60 images trained of the 1,437 there are"
-    from phantom_nb.experiments.learner import loaders_for, open_learner, trained_on
-    learn = make_learner(Run(model='small_cnn', n_train=60, n_valid=50), device='cpu')
-    learn.export(tmp_path/'learner.pkl')
-    opened = open_learner(tmp_path/'learner.pkl')
-    assert trained_on(opened, 1437)==60==len(loaders_for(opened, 'digits').train_ds) and trained_on(opened, 40)==40
+    from phantom_nb.experiments.learner import loaders_for
+    opened = saved_again(make_learner(Run(model='small_cnn', n_train=60, n_valid=50), device='cpu'), tmp_path/'learner.pkl')
+    assert loaders_for(opened, 'digits').train_ds.n_pool==60==len(loaders_for(opened, 'digits').train_ds)
+    with pytest.raises(ValueError, match=re.escape('--n 61: give 10 (one a class) to 60 images')): loaders_for(opened, 'digits', 61)
     out = CliRunner().invoke(app, ['report', str(tmp_path/'learner.pkl'), '--data', 'digits']).output
     assert '60 training images' in (tmp_path/'learner.html').read_text(encoding='utf-8'), out
+
+def sorted_batch(dl):
+    "All images as the network gets them, in an order that does not depend on the loader"
+    x = torch.cat([x for x,_ in dl.new(shuffle=False, augment=None)]).flatten(1).double()
+    return x[(x@torch.linspace(.1, 1, x.shape[1], dtype=torch.float64)**.5).argsort()]
+
+@pytest.mark.parametrize('options', [dict(n_valid=40), dict(n_train=60, n_valid=50, seed=3), dict(imbalance=5., seed=1),
+    dict(n_train=100, seed=0, split_seed=7), dict(n_train=60, stats=((.5,), (.25,))), dict(n_train=40, coarse=True, seed=2)])
+def test_a_saved_learner_is_looked_at_with_its_own_images(options, tmp_path):
+    "Whatever its seeds, split and normalization, the images of the report are those it was trained on, bit by bit"
+    from phantom_nb.data import get_dls
+    from phantom_nb.experiments.learner import loaders_for
+    dls = get_dls('digits', device='cpu', **options)
+    seen = loaders_for(saved_again(Learner(dls, create_model('small_cnn', size=8, n_out=dls.c)), tmp_path/'l.pkl'), 'digits')
+    if len(dls.train_ds)<1000: assert torch.equal(sorted_batch(seen.train), sorted_batch(dls.train))
+    else: assert len(seen.train_ds)<=1000 and seen.train_ds.n_pool==len(dls.train_ds)
+    assert torch.equal(sorted_batch(seen.test), sorted_batch(dls.test)) and seen.vocab==dls.vocab
+
+def photos_in(folder, classes='ab', n=12):
+    "Noisy images of one colour a class"
+    from PIL import Image
+    gen = np.random.default_rng(0)
+    for i,name in enumerate(classes):
+        (folder/name).mkdir(parents=True)
+        for k in range(n): Image.fromarray((gen.random((16,16,3))*99+i*99).astype('uint8')).save(folder/name/f'{k:02d}.png')
+    return folder
+
+def test_a_learner_with_transforms_of_its_own_is_refused(tmp_path):
+    "Its file does not say which images it held out, and a guess at its pipeline gave a wrong accuracy"
+    from fastai.vision.all import ImageDataLoaders, Resize
+    folder = photos_in(tmp_path/'photos')
+    dls = ImageDataLoaders.from_folder(folder, valid_pct=.3, item_tfms=Resize(16), bs=4)
+    Learner(dls, create_model('small_cnn', 3, 2, 16), loss_func=nn.CrossEntropyLoss()).export(tmp_path/'l.pkl')
+    for command in ('report','measure'):
+        out = CliRunner().invoke(app, [command, str(tmp_path/'l.pkl'), '--data', str(folder)])
+        said = ' '.join(str(out.exception).split())
+        assert 'transforms of its own (Resize' in said and 'diagnose(learn)' in said, (out.output, said)
+    assert not list(tmp_path.glob('*.html'))
+
+def test_other_classes_and_other_images_are_refused(tmp_path):
+    from phantom_nb.data import get_dls
+    from phantom_nb.experiments.learner import loaders_for
+    folder,other = photos_in(tmp_path/'photos'),photos_in(tmp_path/'other', 'bc')
+    dls = get_dls(folder, size=16, bs=8, device='cpu')
+    learn = saved_again(Learner(dls, create_model('small_cnn', 3, 2, 16)), tmp_path/'l.pkl')
+    assert torch.equal(sorted_batch(loaders_for(learn, str(folder)).train), sorted_batch(dls.train))
+    with pytest.raises(ValueError, match='trained on the classes a, b; other has b, c: give --data'): loaders_for(learn, str(other))
+    for name in 'ab': (folder/name/'05.png').unlink()
+    with pytest.raises(ValueError, match='had 20 when the network was trained'): loaders_for(learn, str(folder))
 
 def test_curves_say_when_over_fitting_begins(trained):
     "Losses with a turn at the fifth epoch, and accuracy: the page marks the epoch that the sentence names"
@@ -111,6 +164,20 @@ def test_a_learners_accuracy_is_read_from_its_record():
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
     curves = diagnose(learn).curves
     assert list(curves)==['train_loss','valid_loss','accuracy'] and curves.accuracy.tolist()==[row[3] for row in learn.recorder.values]
+
+def test_few_images_make_few_points_of_calibration(trained):
+    "Ten images a point at least, and an interval even where all answers are right"
+    from phantom_nb.experiments.diagnosis_page import draw_calibration
+    found = diagnose(trained)
+    for n,points in ((18, 1), (45, 4), (200, 8)):
+        y = torch.arange(n)%10
+        found.valid |= dict(logits=5*torch.eye(10)[y]+torch.arange(n)[:,None]/n*torch.eye(10)[y], y=y, n=n)
+        fig,ax = plt.subplots()
+        draw_calibration(ax, found)
+        bars = ax.containers[0][2][0].get_segments()
+        assert len(bars)==points and all(bar[0,1]<.9 and bar[1,1]==pytest.approx(1) for bar in bars)
+        assert ax.get_ylim()[0]<min(bar[0,1] for bar in bars)
+        plt.close(fig)
 
 def test_similar_classes_are_shown(trained):
     found = diagnose(trained)

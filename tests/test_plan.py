@@ -86,7 +86,7 @@ def test_plan_is_kept_for_the_same_wishes(tmp_path):
 
 def test_validation_images():
     assert validation_images(torch.arange(100)%10)==20 and validation_images([0]*90+[1]*9)==6
-    with pytest.raises(ValueError, match='class number 1 has 2 training images'): validation_images([0]*90+[1]*2)
+    with pytest.raises(ValueError, match='class number 1 has 2 images beside those that judge: give at least 3'): validation_images([0]*90+[1]*2)
 
 def rows(method, valid, test): return [dict(method=method, seed=i, status='done', valid_accuracy=v, accuracy=t) for i,(v,t) in enumerate(zip(valid, test))]
 
@@ -199,7 +199,25 @@ def test_one_image_a_class_is_refused_before_training(few, capsys):
     code,out,err = compare(capsys, '--data', few(1))
     assert code==2 and 'no image is left to judge' in err and 'Traceback' not in err and not Path('compare').exists()
     code,out,err = compare(capsys, '--data', few(2), '--time-budget', '9m')
-    assert code==2 and "the class 'ant' has 1 training image" in err
+    assert code==2 and "the class 'ant' has 1 image beside those that judge" in err
+
+def test_a_class_of_one_photo_is_refused_before_training(photos, capsys, monkeypatch, tmp_path):
+    "Its photo judges with the first seed and trains with the others, so the plan of the first seed must see it"
+    monkeypatch.chdir(tmp_path)
+    (photos/'rare').mkdir()
+    (photos/'dark'/'0.png').rename(photos/'rare'/'0.png')
+    code,_,err = compare(capsys, '--data', 'photos', '--size', '16', '--time-budget', '9m')
+    assert code==2 and re.search(r"the class 'rare' has [01] images? beside those that judge", err), err
+
+def test_a_folder_has_one_name_however_it_is_spelt(photos, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'x').mkdir()
+    for i,spelt in enumerate(('photos', './photos/', str(photos), 'x/../photos')):
+        code,out,_ = compare(capsys, '--data', spelt, '--size', '16', '--methods', 'none', '--epochs', '1', '--seeds', '1')
+        assert code==0 and ('1 of 1 runs are recorded already in compare/photos-all' in out)==(i>0), (spelt, out)
+    photos.rename(tmp_path/'x'/'photos')
+    code,out,_ = compare(capsys, '--data', 'x/photos', '--size', '16', '--methods', 'none', '--epochs', '1', '--seeds', '1')
+    assert code==0 and 'recorded already' not in out and sorted(p.name for p in Path('compare').iterdir())==['photos-all','x-photos-all']
 
 def test_the_training_part_of_a_data_set_is_told(few, capsys):
     few(4, 'set/train')
@@ -218,7 +236,7 @@ def test_the_answer_shows_its_validation_numbers_and_the_time_that_was_understoo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     code,out,_ = compare(capsys, '--data', './photos', '--methods', 'dropout', '--seeds', '3', '--time-budget', '1800')
-    assert 'of the 30 min given' in out and '(every seed parts them anew)' in out
+    assert 'of the 30 min given' in out and '(with every seed others)' in out
     last = out.splitlines()[-1]
     assert 'on the validation images' in last.lower() or 'chosen on validation images' in last.lower()
     assert re.search(r'[\d.]+ % against [\d.]+ % of plain training', last), last

@@ -43,6 +43,9 @@ def test_verdict_in_words():
     assert loss=='No method is ahead; closest to none: down, -5.0 points [-6.3, -3.7]. Worse: down.'
     none = verdict(comparison(null_frame(np.random.default_rng(3))))
     assert re.match(r'No difference to none is shown for any of \d methods, corrected for all\. (Best|Closest): ', none) and 'could have shown' in none
+    noisy = frame({k:RUNS[k] for k in ('none','noisy')})
+    tied = noisy[noisy.method=='none'].assign(method='tied') # the same in every seed: no test, and no difference shown
+    assert 'for any of 2 methods' in verdict(comparison(pd.concat([noisy, tied])))
     alone = verdict(comparison(frame({k:RUNS[k] for k in ('none','noisy')})))
     assert re.match(r'No difference to none is shown\. (Best|Closest): noisy, ', alone)
 

@@ -47,16 +47,19 @@ class ImageSet(GetAttr):
         info:ImageData, # names and statistics; its images are dropped
         fine:Tensor|None=None, # (N,) int64 classes, if the labels are superclasses
         clean:Tensor|None=None, # (N,) int64 true labels, if some of `y` are wrong on purpose
-        n_seen:int|None=None, # images of the set that this empty one was made from
+        index:Tensor|None=None, # (N,) int64 places of the images in their pool; an empty copy keeps them
+        n_pool:int|None=None, # images in the pool
     ):
-        self.x,self.y,self.fine,self.clean,self.n_seen = x,y,fine,clean,n_seen
+        self.x,self.y,self.fine,self.clean = x,y,fine,clean
+        self.index,self.n_pool = index,n_pool
         self.info,self.loss_func = info.empty(),CrossEntropyLossFlat()
         self.vocab,self.c = CategoryMap(info.classes, sort=False),len(info.classes)
         self.shift,self.scale = (stat.to(x.device)[:,None,None]*255 for stat in (info.mean, info.std))
 
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return (self.x[i],) if self.y is None else (self.x[i], self.y[i])
-    def _with(self, x, y, **labels): return ImageSet(x, None if y is None else y.to(x.device), self.info, **labels)
+    def _with(self, x, y, **others): return ImageSet(x, None if y is None else y.to(x.device), self.info, **others)
+    def _origin(self): return dict(index=self.index, n_pool=self.n_pool)
 
     @property
     def items(self)->list: # pairs of image and label
@@ -68,11 +71,11 @@ class ImageSet(GetAttr):
     )->'ImageSet': # there
         "Copy to a device, or return itself if it is there (PyTorch)."
         if torch.device(device) == self.x.device: return self
-        return self._with(self.x.to(device), self.y, fine=self.fine, clean=self.clean)
+        return self._with(self.x.to(device), self.y, fine=self.fine, clean=self.clean, **self._origin())
 
     def new_empty(self)->'ImageSet': # without images
-        "Copy everything but the images (fastai)."
-        return self._with(self.x[:0].clone(), torch.zeros(0, dtype=torch.long), n_seen=len(self))
+        "Copy everything but images and labels (fastai)."
+        return self._with(self.x[:0].clone(), torch.zeros(0, dtype=torch.long), **self._origin())
 
     def coarsened(self)->'ImageSet': # the same images
         "Replace the labels by their superclasses and keep them in `fine` (ours)."
@@ -306,13 +309,13 @@ def get_dls(
     y = noisy_labels(clean, label_noise, pool.c, split_seed)
     def part(i): # of the pool
         fine = None if pool.fine is None else pool.fine[i]
-        return ImageSet(x[i], y[i], pool.info, fine, clean[i].cpu() if label_noise else None)
+        return ImageSet(x[i], y[i], pool.info, fine, clean[i].cpu() if label_noise else None, i, len(x))
     sets = [part(train), part(valid), ImageSet(data.x_test, data.y_test, data)]
     if own_valid: sets[1] = _validation(data, n_valid, split_seed)
     if coarse: sets[1:] = [s if s.fine is not None else s.coarsened() for s in sets[1:]]
     if size is not None and tuple(data.x_train.shape[2:]) != (size, size):
         check_memory(sum(map(len, sets)), (data.x_train.shape[1], size, size), data.name)
-        sets = [ImageSet(resize_images(s.x, size), s.y, s.info, s.fine, s.clean) for s in sets]
+        sets = [ImageSet(resize_images(s.x, size), s.y, s.info, s.fine, s.clean, s.index, s.n_pool) for s in sets]
     _check_device(sets, device)
     augment = make_augment(augment, tuple(sets[0].x.shape[1:]), data.flip, padding)
     loader = partial(ImageDL, seed=seed, channels_last=channels_last)

@@ -194,13 +194,15 @@ def available(
     return pd.DataFrame(rows).T['found source train test shape classes path'.split()]
 
 # %% ../../nbs/data/readers.ipynb #07de5b5d
-def _ways(name):
+def _ways(name, failed=False):
     "How to get a data set, in words"
     layout = 'the four idx files' if name == 'fashion_mnist' else f'{DATASETS[name].torchvision_dir}/'
     debian = " (on Debian and Ubuntu: `apt install dataset-fashion-mnist`)"*(name == 'fashion_mnist')
+    by_hand = (f"put {layout} or train/<class>/*.png and test/<class>/*.png into a folder and name that folder in "
+        f"`root=`, `--root` or $PHANTOM_NB_DATA{debian}")
+    if failed: return f"Try again where there is a network, or {by_hand}"
     return (f"Two ways to get it:\n  1. download it: `phantom_nb data {name} --download` or "
-        f"load_dataset({name!r}, download=True)\n  2. put {layout} or train/<class>/*.png and test/<class>/*.png "
-        f"into a folder and name that folder in `root=`, `--root` or $PHANTOM_NB_DATA{debian}")
+        f"load_dataset({name!r}, download=True)\n  2. {by_hand}")
 
 def _download(name, place):
     "Download with torchvision, all or nothing"
@@ -210,7 +212,7 @@ def _download(name, place):
         with tempfile.TemporaryDirectory(dir=place) as half_done:
             for train in (True, False): getattr(tv, spec.torchvision)(half_done, train=train, download=True)
             (Path(half_done)/spec.torchvision_dir).rename(place/spec.torchvision_dir)
-    except (OSError, RuntimeError) as e: raise ConnectionError(f"{name} was not downloaded: {e}\n{_ways(name)}") from e
+    except (OSError, RuntimeError) as e: raise ConnectionError(f"{name} was not downloaded: {e}\n{_ways(name, failed=True)}") from e
 
 def _not_found(name, places):
     "The error that says where a data set was looked for, and how to get it"

@@ -71,6 +71,8 @@ def split_pool(
         train,valid = order[~validates],order[validates]
     else:
         if n_valid is None: n_valid = max(0, min(full//10, full-(n_train or 0)))//classes*classes
+        elif n_valid and full<2*classes:
+            raise ValueError(f"n_valid={n_valid}: a class has one image. Give each two: to train on, and to validate")
         elif n_valid: n_valid = _checked_size('n_valid', n_valid, classes, full-classes)
         valid = order[full-n_valid:full]
         if n_train is not None: return order[:_checked_size('n_train', n_train, classes, full-n_valid)], valid

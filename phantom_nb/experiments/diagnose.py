@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPERATURES', 'GROUPS', 'SIZES', 'LEVELS', 'QUANTITIES', 'DEPTHS', 'BY_LAYER', 'FROM_ROWS', 'MOST_OF_A_SETTING',
-           'FEWEST', 'FIT', 'BANDS', 'BY_CLASSES', 'CLASSES', 'SAMPLE', 'FEW_HELD', 'FELT', 'OVERALL',
+           'FEWEST', 'FIT', 'BANDS', 'BY_CLASSES', 'CLASSES', 'SAMPLE', 'FEW_HELD', 'FELT', 'HELPS', 'OVERALL',
            'best_temperature', 'Confusion', 'confused_pairs', 'sentence_start', 'row_quantities', 'layer_depths',
            'layer_bands', 'reference_bands', 'load_bands', 'percentile_in', 'Finding', 'Diagnosis', 'diagnose',
            'at_chance', 'half_width', 'onset_of', 'judge_network']
@@ -393,7 +393,7 @@ def _learned(d):
     "Has it learned its training images?"
     a,v,n = 100*d.train['accuracy'], 100*d.valid['accuracy'], d.valid['n']
     told = f"Accuracy is {a:.1f} % on training images and {v:.1f} ± {half_width(v/100, n):.1f} % on {n} held-out ones."
-    if n<FEW_HELD: told += f" So few say little: hold out more (n_valid= of get_dls)."
+    if n<FEW_HELD: told += " So few say little: hold out more."
     if at_chance(d.train['accuracy'], d.train['n'], len(d.classes)):
         return Finding('stop', told, f"Chance is {100/len(d.classes):.1f} %, and these images cannot tell it from "
             "guessing. Check labels, epochs and learning rate (lr_find).")
@@ -408,16 +408,17 @@ def _learned(d):
     if gap<2: return Finding('well', told, f"It over-fits by {gap:.1f} points, which is little.")
     return Finding('do', told, f"It over-fits by {gap:.1f} points.{_atlas_words(d)}")
 
+HELPS = 'Augmentation and more images help most, and on photos a pretrained network'
+
 def _atlas_words(d):
     "What the atlas found to help in such settings, if the package has its table"
     try: effects = effects_near(Setting(len(d.classes), max(1, d.n_train/len(d.classes))), load_table())
-    except FileNotFoundError: return ' Augmentation and more images help most.'
+    except FileNotFoundError: return f' {HELPS}.'
     good = [e for e in effects if e.recommended]
     if not good:
-        return (' Augmentation and more images help most; '
-            'no regularizer is shown to bring half a point in settings like yours.')
+        return f' {HELPS}. No regularizer is shown to bring half a point in settings like yours.'
     told = ', '.join(f"{e.method} ({e.weight}; {e.mean:+z.1f} points in the nearest settings)" for e in good[:2])
-    return f' Augmentation and more images help most. Then try {told}.'
+    return f' {HELPS}. Then try {told}.'
 
 def _calibrated(d):
     "Is it as sure as it is right?"

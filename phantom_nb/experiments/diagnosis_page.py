@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
+from statsmodels.stats.proportion import proportion_confint
 
 from ..checks import one_of
 from .diagnose import Diagnosis, LEVELS, QUANTITIES, at_chance, onset_of
@@ -43,15 +44,16 @@ def draw_curves(
 def draw_calibration(
     ax:plt.Axes, # axes to draw in
     d:Diagnosis, # measured
-    bins:int=8 # of as many images each
+    bins:int=8 # of as many images each, >= 1; fewer where they would hold less than ten
 ):
-    "Draw accuracy against confidence, with 95 % intervals (Guo et al. 2017)."
+    "Draw accuracy against confidence (Guo et al. 2017), with 95 % intervals (Wilson 1927)."
     sure,guess = d.valid['logits'].float().softmax(1).max(1)
     right = (guess==d.valid['y']).float()
-    parts = sure.argsort().tensor_split(bins)
-    x,y = (np.array([values[part].mean().item() for part in parts if len(part)]) for values in (sure, right))
-    error = 1.96*np.sqrt(np.maximum(y*(1-y), 1e-9)/max(1, len(right)/bins))
-    low = min(.9*x.min(), .9*y.min())
+    parts = sure.argsort().tensor_split(max(1, min(bins, len(right)//10)))
+    x,y = (np.array([values[part].mean().item() for part in parts]) for values in (sure, right))
+    ends = proportion_confint([right[part].sum().item() for part in parts], [*map(len, parts)], method='wilson')
+    error = np.abs(np.array(ends)-y)
+    low = .9*min(x.min(), *ends[0])
     ax.plot([low,1], [low,1], color='.7', lw=1)
     ax.errorbar(x, y, error, fmt='o', ms=4, lw=1)
     ax.set(title='How sure, how right', xlabel='mean probability of the answer', ylabel='share of right answers',
@@ -72,7 +74,7 @@ def draw_confusions(
         share = f"{pair.mistakes} of {pair.images}"
         ax.text(0, top, f"{pair.one} and {pair.other}: {share}", va='top', fontsize=8, transform=ax.transAxes)
         for j,(image,_,guess) in enumerate(pair.examples):
-            inset = ax.inset_axes((j/4, top-.27, .24, .21))
+            inset = ax.inset_axes((j/4, top-.25, .24, .17))
             picture = image.numpy().transpose(1,2,0)
             inset.imshow(picture[...,0] if picture.shape[2]!=3 else picture, cmap='gray')
             inset.set(xticks=[], yticks=[])

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'REMEDY_FILE', 'REMEDY_DATA', 'schedule_of
            'StopAtNaN', 'StopAtLoss', 'FreezeFirst', 'load_data', 'hold_out', 'loaders_of', 'QuickLearner',
            'QuickCrossEntropy', 'make_learner', 'optimizer_of', 'callbacks_of', 'ScaledSchedule', 'step_seconds',
            'faster_precision', 'evaluate', 'judge', 'measure_learner', 'commit', 'provenance', 'open_learner',
-           'outputs_for', 'trained_on', 'loaders_for']
+           'outputs_for', 'loaders_for']
 
 # %% ../../nbs/experiments/learner.ipynb #136af0cb
 import math, os, platform, statistics, subprocess, time, warnings
@@ -31,7 +31,8 @@ import phantom_nb
 from ..core import Regularizer, TrainingCallback
 from ..hooks import evaluating
 from ..data import ImageData, ImageLoaders, get_dls, is_folder, load_dataset
-from ..data.images import folder_digest
+from ..data.images import LAST_FIFTH, folder_digest
+from ..data.loaders import ImageSet
 from .methods import Pieces, make_method
 from .optimizer import fused_adam, fused_sgd
 from .quantities import calibration_error, judge_spoilt, logit_margins, network_quantities
@@ -157,7 +158,8 @@ def hold_out(
     part = torch.empty_like(order)
     part[order] = torch.arange(len(order))%folds
     held = part==seed%folds
-    return replace(data, x_train=x[~held], y_train=y[~held], x_test=x[held], y_test=y[held])
+    source = data.source.replace(LAST_FIFTH, f"one of {folds} parts is the test set")
+    return replace(data, x_train=x[~held], y_train=y[~held], x_test=x[held], y_test=y[held], source=source)
 
 # %% ../../nbs/experiments/learner.ipynb #ef03eee8
 def loaders_of(
@@ -388,33 +390,60 @@ def outputs_for(
         images = f"{data}'s images of {_shape_words(shape)}"
         raise ValueError(f"the network cannot read {images} ({why}): {REMEDY_DATA}") from e
 
-def _trained_size(learn):
-    "Side of the images that a learner was trained on, if it knows"
-    seen = getattr(getattr(learn.dls.train, 'dataset', None), 'x', None)
-    return seen.shape[-1] if isinstance(seen, torch.Tensor) else None
+def _own_set(learn):
+    "The empty copy of its training images that a learner was saved with; None for loaders of another make"
+    dataset = getattr(learn.dls.train, 'dataset', None)
+    return dataset if isinstance(dataset, ImageSet) else None
 
-def trained_on(
-    learn:Learner, # what was loaded
-    n_all:int # training images of the data, >= 1
-)->int: # in [1,n_all]
-    "Read how many images a learner was trained on; all, if it does not know (ours)."
-    seen = getattr(getattr(learn.dls.train, 'dataset', None), 'n_seen', None)
-    return min(seen or n_all, n_all)
+def _refuse_own_transforms(learn):
+    "Loaders of another make: what their transforms do to an image, and which images they held out, a file does not say"
+    stages = [getattr(learn.dls.train, name, ()) for name in ('after_item','after_batch')]
+    names = [type(t).__name__ for stage in stages for t in getattr(stage, 'fs', ())]
+    if names:
+        raise ValueError(f"the learner prepares its images with transforms of its own ({', '.join(names)}), and its file "
+            "does not tell which images it held out. Where it was trained, call diagnose(learn) or "
+            "intraclass_report(learn); or train on the loaders of get_dls(FOLDER)")
+
+def _trained_images(own, images):
+    "The part of a data set's training images that a learner was trained on, in the order in which they were drawn"
+    index = getattr(own, 'index', None) # files of older versions have none
+    if index is None: return images
+    if own.n_pool!=len(images.x_train):
+        raise ValueError(f"{images.name} has {len(images.x_train)} training images, and had {own.n_pool} when the network "
+            "was trained: which of them it knows cannot be told. Restore the folder, or train again")
+    return replace(images, x_train=images.x_train[index], y_train=images.y_train[index])
+
+def _check_classes(own, images, coarse):
+    "The outputs of a network have names"
+    theirs,ours = list(own.classes),list(images.coarse_names if coarse else images.classes)
+    if theirs==ours: return
+    def told(names): return ', '.join(names[:5]) + (', …' if len(names)>5 else '')
+    raise ValueError(f"the network was trained on the classes {told(theirs)}; {images.name} has {told(ours)}: {REMEDY_DATA}")
 
 def loaders_for(
     learn:Learner, # what was loaded
     data:str, # a key of `DATASETS`, or a folder of images
-    n:int|None=None, # images, >= 2; None for 1,000, or as many as it was trained on or there are, if fewer
+    n:int|None=None, # training images, >= 2; None for 1,000, or those that it was trained on, if fewer
     root:str|Path|None=None, # folder to look for the data first
     size:int|None=None # side in pixels; None for that of the images that the learner was trained on
-)->ImageLoaders: # `train` has n images; superclasses are the labels if the network has as many outputs
-    "Make loaders that fit a learner's network; raise a `ValueError` if none do (ours)."
-    images = load_dataset(data, root, size=size or (_trained_size(learn) if is_folder(data) else None))
-    n_all,kinds = len(images.x_train),(len(images.classes), len(images.coarse_names or ()))
-    if n is None: n = min(1000, max(kinds[0], trained_on(learn, n_all)))
-    if not kinds[0]<=n<=n_all: raise ValueError(f"--n {n}: give {kinds[0]} (one a class) to {n_all} images")
+)->ImageLoaders: # `train` has n of the images that it was trained on; labels are superclasses if its outputs are
+    "Load data as a learner saw it: its images, size and normalization; raise a `ValueError` for other data (ours)."
+    own = _own_set(learn)
+    if own is None: _refuse_own_transforms(learn)
+    images = load_dataset(data, root, size=size or (own.x.shape[-1] if own is not None and is_folder(data) else None))
+    kinds = len(images.classes),len(images.coarse_names or ())
     n_out = outputs_for(learn, tuple(images.x_train.shape[1:]), data)
-    if n_out in kinds: return get_dls(images, n_train=n, n_valid=0, coarse=n_out!=kinds[0], device='cpu')
-    own = kinds[1] and images.coarse_names!=images.classes # else each class is its own superclass
-    has = f"{kinds[0]} classes" + (f" and {kinds[1]} superclasses" if own else '')
-    raise ValueError(f"the network has {n_out} outputs, {data} {has}: {REMEDY_DATA}")
+    if n_out not in kinds:
+        two = kinds[1] and images.coarse_names!=images.classes # else each class is its own superclass
+        has = f"{kinds[0]} classes" + (f" and {kinds[1]} superclasses" if two else '')
+        raise ValueError(f"the network has {n_out} outputs, {data} {has}: {REMEDY_DATA}")
+    coarse = n_out!=kinds[0]
+    if own is not None:
+        _check_classes(own, images, coarse)
+        images = _trained_images(own, images)
+    n_all,counts = len(images.x_train),images.y_train.bincount()
+    if n is None: n = n_all if n_all<=1000 else min(1000, len(counts)*int(counts.min()))
+    if not kinds[0]<=n<=n_all: raise ValueError(f"--n {n}: give {kinds[0]} (one a class) to {n_all} images")
+    n_valid = 0 if images.x_valid is None else None
+    stats = None if own is None else (own.mean, own.std)
+    return get_dls(images, None if n==n_all else n, n_valid, coarse=coarse, stats=stats, device='cpu')

@@ -172,13 +172,13 @@ def validation_images(
     names:Sequence|None=None # names of the classes, for the message
 )->int: # images, the same number of each class, >= 1 a class
     "Choose how many images choose the method (ours)."
-    counts = np.bincount(np.asarray(y))
+    counts = np.bincount(np.asarray(y), minlength=len(names or ()))
     each = min(int(share*len(y)/len(counts)), counts.min()//3)
     if each<1:
         smallest = int(counts.argmin())
         name = f"class number {smallest}" if names is None else f"the class {names[smallest]!r}"
-        raise ValueError(f"{name} has {counted(counts[smallest], 'training image')}: give at least 3 of each class, "
-            "so that one can choose the method")
+        raise ValueError(f"{name} has {counted(counts[smallest], 'image')} beside those that judge: give at least 3 of each "
+            "class there, so that one can choose the method")
     return each*len(counts)
 
 # %% ../../nbs/experiments/plan.ipynb #54f62d44
@@ -226,7 +226,7 @@ def images_words(
         "test images in a folder test/")
     parts = [f"{counted(n_train, 'image')} train", f"{n_valid:,} choose the method", f"{n_test:,} judge"]
     if not n_valid: del parts[1]
-    words = f"{', '.join(parts)}{' (every seed parts them anew)' if folds else ''}."
+    words = f"{', '.join(parts)}{' (with every seed others)' if folds else ''}."
     if n_test>=FEW: return words
     return f"{words} Few judge: one image more or less right is {100/n_test:.{0 if n_test<50 else 1}f} points."
 

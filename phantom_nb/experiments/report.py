@@ -147,7 +147,7 @@ def verdict(
         return f"{seeds} no interval, so nothing is shown: run three or more to tell chance from effect."
     if not tests: return f"{best} {SAME}"
     if (compared.verdict==NO_DIFFERENCE).all():
-        for_any = f" for any of {tests} methods, corrected for all" if len(compared)>1 else ''
+        for_any = f" for any of {len(compared)} methods, corrected for all" if len(compared)>1 else ''
         if 'tests' in table.attrs: for_any = f" for any method, corrected for {table.attrs['tests']} differences"
         return f"No difference to {what['baseline']} is shown{for_any}. {best}{_power_words(compared)}"
     best = f"{'Best against' if ahead else 'No method is ahead; closest to'} {what['baseline']}: {top.name}, {size}."
