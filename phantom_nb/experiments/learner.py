@@ -390,6 +390,7 @@ def outputs_for(
         images = f"{data}'s images of {_shape_words(shape)}"
         raise ValueError(f"the network cannot read {images} ({why}): {REMEDY_DATA}") from e
 
+# %% ../../nbs/experiments/learner.ipynb #6ab926de
 def _own_set(learn):
     "The empty copy of its training images that a learner was saved with; None for loaders of another make"
     dataset = getattr(learn.dls.train, 'dataset', None)
