@@ -42,16 +42,6 @@ def isda_logits(
     return logits + lam/2*some*(variance[y] if rows is not y else variance)
 
 # %% ../../nbs/regularizers/semantic.ipynb #1838482b
-def _batch_moments(z, y, n_classes, diagonal):
-    "Count, mean and covariance of each class in a batch"
-    member = class_members(check_classes(y, n_classes), n_classes).to(z) # (C,B); `bincount` would wait for the GPU
-    count = member.sum(1)
-    share = member/count.clamp_min(1)[:,None]
-    mean = share@z
-    centred = z-mean[y.clamp_min(0)] # rows of no class count in no sum
-    if diagonal: return count, mean, share@centred.square()
-    return count, mean, (share[:,:,None]*centred).mT@centred
-
 def merge_moments(
     moments:tuple|None, # counts (C,), means (C,D), covariances (C,D,D) or (C,D); None for nothing yet
     z:Tensor, # (B,D) embeddings
@@ -60,15 +50,21 @@ def merge_moments(
     diagonal:bool=False # whether only the diagonals are kept
 )->tuple: # the same three, new tensors
     "Merge the moments of a batch into those of all before, exactly (Wang 2019, eq. 7 and 8)."
-    m,nu,v = _batch_moments(z.detach(), y, n_classes, diagonal)
-    if moments is None: return m,nu,v
+    z = z.detach()
+    if moments is None: moments = [z.new_zeros(n_classes, *[z.shape[1]]*k) for k in (0, 1, 1 if diagonal else 2)]
     n,mu,cov = moments
+    member = class_members(check_classes(y, n_classes), n_classes).to(z) # (C,B); `bincount` would wait for the GPU
+    m = member.sum(1)
     total = (n+m).clamp_min(1)
-    shape = [-1]+[1]*(cov.ndim-1)
-    old,new,between = [(a/total).view(shape) for a in (n, m, n*m/total)]
-    delta = nu-mu
-    square = delta.square() if diagonal else delta[:,:,None]*delta[:,None]
-    return n+m, mu+(m/total)[:,None]*delta, old*cov+new*v+between*square
+    nu = member@z/m.clamp_min(1)[:,None]
+    centred,delta = z-nu[y.clamp_min(0)],nu-mu # rows of no class count in no sum
+    within,between = member/total[:,None],n*m/total**2
+    kept = (n/total).view([-1]+[1]*(cov.ndim-1))*cov
+    if diagonal: cov = kept + within@centred.square() + between[:,None]*delta.square()
+    else: # of low rank: B+1 rows a class, and the large array is passed twice
+        rows = torch.cat([within.sqrt()[:,:,None]*centred, between.sqrt()[:,None,None]*delta[:,None]], 1)
+        cov = torch.baddbmm(kept, rows.mT, rows)
+    return n+m, mu+(m/total)[:,None]*delta, cov
 
 # %% ../../nbs/regularizers/semantic.ipynb #64d686b9
 class ISDA(ReplacedLoss, ActivationRegularizer):
