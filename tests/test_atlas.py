@@ -136,6 +136,17 @@ def test_pooled_variance_is_that_of_one_way_anova():
     assert (table.variance*table.seeds).tolist()==pytest.approx([within]*5)
     assert effects_over_settings(table).loc[0,'settings']==1
 
+def test_a_method_far_less_stable_than_the_others_has_its_own_variance():
+    "And leaves that of the others as it was; a little less stable is no reason"
+    rng = np.random.default_rng(1)
+    d = pd.DataFrame([(s, m, i, rng.normal()) for s in 'ab' for m in range(6) for i in range(3)], columns=['setting','method','seed','diff'])
+    wild = d.assign(diff=d['diff'].where((d.setting=='b')|(d.method>0), [-50., 0, 30]*12))
+    table,calm = pooled_effects(wild).set_index(['setting','method']).variance,pooled_effects(d[d.method>0]).set_index(['setting','method']).variance
+    assert table['a',0]==pytest.approx(np.var([-50, 0, 30], ddof=1)/3)
+    assert table['a'].loc[1:].tolist()==pytest.approx(calm['a'].tolist()) and table['b'].nunique()==1
+    twice = d.assign(diff=d['diff'].where(d.method>0, 2*d['diff']))
+    assert pooled_effects(twice).groupby('setting').variance.nunique().tolist()==[1,1]
+
 def test_trainings_of_other_sweeps_count(tmp_path):
     wanted = next(run for run in load_sweep(SPEC).runs if run.method=='mixup')
     rows = [{**asdict(replace(wanted, experiment='other', **told)), 'settings':dict(wanted.settings), 'key':str(i), 'status':'done', 'accuracy':.5, 'valid_accuracy':.5}
