@@ -2574,8 +2574,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'phantom_nb/regularizers/semantic.py'),
                                                   'phantom_nb.regularizers.semantic.ISDA.state_dict': ( 'regularizers/semantic.html#isda.state_dict',
                                                                                                         'phantom_nb/regularizers/semantic.py'),
-                                                  'phantom_nb.regularizers.semantic._batch_moments': ( 'regularizers/semantic.html#_batch_moments',
-                                                                                                       'phantom_nb/regularizers/semantic.py'),
                                                   'phantom_nb.regularizers.semantic.isda_logits': ( 'regularizers/semantic.html#isda_logits',
                                                                                                     'phantom_nb/regularizers/semantic.py'),
                                                   'phantom_nb.regularizers.semantic.merge_moments': ( 'regularizers/semantic.html#merge_moments',

@@ -262,11 +262,11 @@ def _shared_fields(data, model, pretrained, augment, size, lr, precision):
     "Fields of `Run` that all runs of a comparison share"
     folder = data not in DATA_NAMES and Path(data).expanduser().is_dir()
     augment = augment or ('auto' if folder else 'none')
-    told = dict(data=_same_name(data) if folder else data, model=model, pretrained=pretrained, size=size, precision=precision)
+    told = dict(data=data, model=model, pretrained=pretrained, size=size, precision=precision)
     told['augment'] = False if augment=='none' else augment
     told['lr'] = (.001 if pretrained else .01) if lr is None else lr
     if pretrained: told |= dict(frozen=1, body_lr=.3, frozen_norm=True)
-    if folder: told['size'] = 128 if size is None else size
+    if folder: told |= dict(data=_same_name(data), size=128 if size is None else size)
     return told
 
 def _named_methods(methods, check):
@@ -363,7 +363,8 @@ def _say_findings(console, df, baseline='none'):
 def _compare_folder(data, n_train):
     "Where the results of a comparison go"
     path = Path(data).expanduser()
-    name = path.resolve().name if path.is_absolute() else '-'.join(p for p in path.parts if p!='..') or path.resolve().name
+    parts = [] if path.is_absolute() else [part for part in path.parts if part!='..']
+    name = '-'.join(parts) or path.resolve().name
     return Path('compare')/f"{name}-{n_train or 'all'}"
 
 def _runs_words(plan, runs):

@@ -212,7 +212,8 @@ def _download(name, place):
         with tempfile.TemporaryDirectory(dir=place) as half_done:
             for train in (True, False): getattr(tv, spec.torchvision)(half_done, train=train, download=True)
             (Path(half_done)/spec.torchvision_dir).rename(place/spec.torchvision_dir)
-    except (OSError, RuntimeError) as e: raise ConnectionError(f"{name} was not downloaded: {e}\n{_ways(name, failed=True)}") from e
+    except (OSError, RuntimeError) as e:
+        raise ConnectionError(f"{name} was not downloaded: {e}\n{_ways(name, failed=True)}") from e
 
 def _not_found(name, places):
     "The error that says where a data set was looked for, and how to get it"

@@ -401,8 +401,8 @@ def _refuse_own_transforms(learn):
     stages = [getattr(learn.dls.train, name, ()) for name in ('after_item','after_batch')]
     names = [type(t).__name__ for stage in stages for t in getattr(stage, 'fs', ())]
     if names:
-        raise ValueError(f"the learner prepares its images with transforms of its own ({', '.join(names)}), and its file "
-            "does not tell which images it held out. Where it was trained, call diagnose(learn) or "
+        raise ValueError(f"the learner prepares its images with transforms of its own ({', '.join(names)}), and its "
+            "file does not tell which images it held out. Where it was trained, call diagnose(learn) or "
             "intraclass_report(learn); or train on the loaders of get_dls(FOLDER)")
 
 def _trained_images(own, images):
@@ -410,8 +410,8 @@ def _trained_images(own, images):
     index = getattr(own, 'index', None) # files of older versions have none
     if index is None: return images
     if own.n_pool!=len(images.x_train):
-        raise ValueError(f"{images.name} has {len(images.x_train)} training images, and had {own.n_pool} when the network "
-            "was trained: which of them it knows cannot be told. Restore the folder, or train again")
+        raise ValueError(f"{images.name} has {len(images.x_train)} training images, and had {own.n_pool} when the "
+            "network was trained: which of them it knows cannot be told. Restore the folder, or train again")
     return replace(images, x_train=images.x_train[index], y_train=images.y_train[index])
 
 def _check_classes(own, images, coarse):
@@ -419,7 +419,8 @@ def _check_classes(own, images, coarse):
     theirs,ours = list(own.classes),list(images.coarse_names if coarse else images.classes)
     if theirs==ours: return
     def told(names): return ', '.join(names[:5]) + (', …' if len(names)>5 else '')
-    raise ValueError(f"the network was trained on the classes {told(theirs)}; {images.name} has {told(ours)}: {REMEDY_DATA}")
+    raise ValueError(f"the network was trained on the classes {told(theirs)}; {images.name} has {told(ours)}: "
+        f"{REMEDY_DATA}")
 
 def loaders_for(
     learn:Learner, # what was loaded

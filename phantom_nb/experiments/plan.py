@@ -177,8 +177,8 @@ def validation_images(
     if each<1:
         smallest = int(counts.argmin())
         name = f"class number {smallest}" if names is None else f"the class {names[smallest]!r}"
-        raise ValueError(f"{name} has {counted(counts[smallest], 'image')} beside those that judge: give at least 3 of each "
-            "class there, so that one can choose the method")
+        raise ValueError(f"{name} has {counted(counts[smallest], 'image')} beside those that judge: give at least 3 of "
+            "each class there, so that one can choose the method")
     return each*len(counts)
 
 # %% ../../nbs/experiments/plan.ipynb #54f62d44
