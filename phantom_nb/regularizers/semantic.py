@@ -51,8 +51,7 @@ def merge_moments(
 )->tuple: # the same three, new tensors
     "Merge the moments of a batch into those of all before, exactly (Wang 2019, eq. 7 and 8)."
     z = z.detach()
-    if moments is None: moments = [z.new_zeros(n_classes, *[z.shape[1]]*k) for k in (0, 1, 1 if diagonal else 2)]
-    n,mu,cov = moments
+    n,mu,cov = moments or (z.new_zeros(n_classes, *[z.shape[1]]*k) for k in (0, 1, 1 if diagonal else 2))
     member = class_members(check_classes(y, n_classes), n_classes).to(z) # (C,B); `bincount` would wait for the GPU
     m = member.sum(1)
     total = (n+m).clamp_min(1)
