@@ -251,6 +251,15 @@ def test_the_front_figure_draws_every_setting_and_says_what_was_not_run(tmp_path
     assert [ax.get_title(loc='left') for ax in axs.flat]==['setting a','setting b'] and list(tick_names(axs[0,0]).values())==['other','good']
     assert axs[0,0].lines[-1].get_color()==BETTER
 
+def test_the_front_figure_is_not_ruled_by_a_ruin_nor_by_a_setting_of_one_method():
+    effects = [dict(a=dict(diff=2., error=.2)), dict(a=dict(diff=-65., error=9.)), dict(a=dict(diff=.5, error=.2), b=dict(diff=0., error=.1))]
+    table = dict(settings={name:dict(about=name) for name in 'ab'},
+        methods={f'm{i}':dict(helps='unclear', effects=some) for i,some in enumerate(effects)})
+    axs = front_figure(table)
+    low,high = axs[0,0].get_xlim()
+    assert axs.shape==(1,1) and (low,high)==(-1.5,3.5)
+    assert [line.get_xdata()[0] for line in axs[0,0].lines if line.get_marker()=='<']==[low] and '-65.0' in {text.get_text() for text in axs[0,0].texts}
+
 def test_one_lucky_seed_is_not_the_best_method():
     "A method of which two runs failed is shown, but not named before those with all seeds"
     df = frame()

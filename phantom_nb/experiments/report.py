@@ -533,12 +533,12 @@ def front_figure(
     path:str|Path|None=None, # file to write (.png); None for none
     ncols:int=3 # panels in a row, at most
 )->np.ndarray: # the panels' axes
-    "Draw the effects of the atlas for the front page: a panel a setting that has most methods (forest plots)."
+    "Draw the effects of the atlas for the front page: a panel a setting that has half of the methods (forest plots)."
     effects = {method:told['effects'] for method,told in table['methods'].items()}
     best = {method:max(told['diff'] for told in some.values()) for method,some in effects.items()}
     names = sorted(best, key=lambda method: best[method])
     tried = {s:sum(s in some for some in effects.values()) for s in table['settings']}
-    drawn = {s:about for s,about in table['settings'].items() if 2*tried[s]>len(effects)}
+    drawn = {s:about for s,about in table['settings'].items() if 2*tried[s]>=len(effects)}
     near = [told['diff'] for some in effects.values() for told in some.values() if abs(told['diff'])<FAR]
     ncols = min(ncols, len(drawn))
     nrows = -(-len(drawn)//ncols)
