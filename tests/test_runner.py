@@ -8,8 +8,9 @@ from torch import nn
 
 from phantom_nb import cli
 from phantom_nb.data import AUGMENTATIONS
-from phantom_nb.experiments import learner, run as run_module
+from phantom_nb.experiments import learner, run as run_module, runner
 from phantom_nb.experiments.bench import BENCHES
+from phantom_nb.experiments.checkpoint import Checkpoint
 from phantom_nb.experiments.engines import ENGINES
 from phantom_nb.experiments.learner import SCHEDULES, OPTIMIZERS, evaluate, hold_out, make_learner, product_types
 from phantom_nb.experiments.methods import METHODS, make_method
@@ -391,8 +392,34 @@ def test_a_trace_is_of_the_kind_that_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match="trace='layer'.*did you mean 'layers'"): run_many([run], store=tmp_path, trace='layer')
     with pytest.raises(ValueError, match='give n_valid='): run_many([QUICK], store=tmp_path, trace='means')
 
+def _timeless(trace): return {k:v for k,v in trace.items() if k not in ('measuring','training')}
+
+@pytest.mark.parametrize('method', ['none', 'targeted_sparsity'])
+@pytest.mark.parametrize('trace', ['layers', 'measures'])
+def test_a_traced_run_that_pauses_after_every_epoch_ends_as_if_it_had_not(tmp_path, trace, method):
+    run,state = replace(QUICK, n_train=60, n_valid=20, epochs=4, method=method),tmp_path/'state'
+    whole = train_run(run, device='cpu', trace=trace)
+    sittings = [train_run(run, device='cpu', checkpoint=state, deadline=0., trace=trace) for _ in range(4)]
+    assert [row['status'] for row in sittings]==['paused']*3+['done'] and sittings[-1]['resumed']==[1,2,3]
+    assert _timeless(sittings[-1]['trace'])==_timeless(whole['trace']) and sittings[-1]['train_loss']==whole['train_loss']
+    assert len(whole['trace']['points' if trace=='measures' else 'valid_loss'])>=2
+
+@pytest.mark.parametrize('trace', ['means', 'measures'])
+def test_a_traced_run_that_is_killed_in_an_epoch_goes_on(tmp_path, monkeypatch, trace):
+    run,state = replace(QUICK, n_train=60, n_valid=20, bs=10, epochs=3),tmp_path/'state'
+    whole = train_run(run, device='cpu', trace=trace)
+    class Dies(Checkpoint):
+        def __init__(self, path, deadline): super().__init__(path, deadline, interval=0.)
+        def after_batch(self):
+            super().after_batch()
+            if (self.epoch,self.iter)==(1,3): raise KeyboardInterrupt
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, 'Checkpoint', Dies)
+        with pytest.raises(KeyboardInterrupt): train_run(run, device='cpu', checkpoint=state, trace=trace)
+    row = train_run(run, device='cpu', checkpoint=state, trace=trace)
+    assert row['resumed']==[1] and _timeless(row['trace'])==_timeless(whole['trace']) and row['train_loss']==whole['train_loss']
+
 def test_no_failure_takes_the_place_of_a_result(tmp_path, monkeypatch):
-    from phantom_nb.experiments import runner
     run = replace(QUICK, n_valid=20)
     accuracy = run_many([run], store=tmp_path, jobs=1).valid_accuracy[0]
     monkeypatch.setattr(runner, 'train_run', lambda run, *_: dict(key=run.key, method=run.method, seed=run.seed, status='failed', error='RuntimeError: x'))

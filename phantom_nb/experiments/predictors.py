@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import TrainingCallback, select_layers, weight_view
+from .checkpoint import Checkpoint
 from .learner import evaluate
 from .quantities import capture_with_sparsity, relative_energies
 from .run import Run
@@ -155,16 +156,29 @@ class PredictorMonitor(TrainingCallback):
         "Measure everything, after training."
         return self._timed(lambda: self.cheap() | dear_predictors(self.model, *self.few, **kwargs))
 
+    # In a training that is stopped and goes on
+    def state_dict(self)->dict: # measurements and the time they took
+        "Give what a training that goes on must find again."
+        return dict(points=self.points, seconds=self.seconds)
+
+    def load_state_dict(self,
+        state:dict # as `state_dict` gave
+    ):
+        "Go on with a record, in a fit that has begun."
+        self.points,self.seconds = state['points'],state['seconds']
+
 def fit_measured(
     learn:Learner, # as `make_learner` gives
-    run:Run # what it trains
-)->dict: # `points`: a dict a measurement; `final`: a dict; `measuring` and `training` in seconds
+    run:Run, # what it trains
+    checkpoint:Checkpoint # where it is taken up, and when it stops
+)->dict: # `points`: a dict a measurement; `final`: a dict; `measuring` and `training` in seconds; empty if it paused
     "Train under the monitor, then measure everything (ours)."
     monitor = PredictorMonitor()
-    began = time.perf_counter()
-    learn.fit(run.epochs, cbs=monitor)
+    prepared = checkpoint.seconds()
+    learn.fit(run.epochs, cbs=[monitor, checkpoint])
+    if checkpoint.paused: return {}
+    trained = checkpoint.seconds()-prepared-monitor.seconds # of all sittings
     learn.add_cb(monitor) # `fit` takes it away
-    trained = time.perf_counter()-monitor.seconds-began
     final = monitor.final(bf16=run.precision=='bf16')
     learn.remove_cb(monitor)
     return dict(points=monitor.points, final=final, measuring=round(monitor.seconds, 2), training=round(trained, 2))

@@ -49,7 +49,7 @@ def fit_run(
         learn = make_learner(run, root, device)
         if trace:
             from phantom_nb.experiments.traces import fit_traced # it imports the monitors
-            found['trace'] = fit_traced(learn, run, trace)
+            found['trace'] = fit_traced(learn, run, trace, checkpoint)
         else: learn.fit(run.epochs, cbs=checkpoint)
     found['seconds'] = checkpoint.seconds()
     if checkpoint.paused: return 'paused', {}, learn.dls.device

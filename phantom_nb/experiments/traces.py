@@ -11,6 +11,7 @@ import math
 import pandas as pd
 from fastai.basics import Learner, Recorder, accuracy
 
+from .checkpoint import Checkpoint
 from .learner import NoValidation
 from .predictors import fit_measured
 from .run import Run
@@ -44,15 +45,17 @@ def compact(
 def fit_traced(
     learn:Learner, # as `make_learner` gives
     run:Run, # what it trains; needs validation images
-    trace:str # 'means'; 'layers' to keep measures layer by layer; 'measures' for `fit_measured`
-)->dict: # the trace
+    trace:str, # 'means'; 'layers' to keep measures layer by layer; 'measures' for `fit_measured`
+    checkpoint:Checkpoint # where it is taken up, and when it stops
+)->dict: # the trace; empty if it paused
     "Train under a monitor, validating after every epoch; `ValueError` for a run without validation images (ours)."
-    if trace=='measures': return fit_measured(learn, run)
+    if trace=='measures': return fit_measured(learn, run, checkpoint)
     if not run.n_valid: raise ValueError(f"n_valid={run.n_valid}: a traced run needs validation images, give >= 10")
     monitor = SparsityMonitor()
     learn.remove_cb(NoValidation)
     learn.add_cb(Recorder())
     learn.metrics = accuracy
-    learn.fit(run.epochs, cbs=monitor)
+    learn.fit(run.epochs, cbs=[monitor, checkpoint])
+    if checkpoint.paused: return {}
     accuracies = [values[-1] for values in learn.recorder.values]
     return dict(valid_accuracy=_rounded(accuracies, 4)) | compact(monitor, trace=='layers')
