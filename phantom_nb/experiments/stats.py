@@ -271,6 +271,12 @@ class Claim:
         return 'yes' if is_yes else 'no', p if self.p is None else self.p
 
 # %% ../../nbs/experiments/stats.ipynb #66677cff
+def _levels(keys, names):
+    "Index of claims, with a level for every word of a tuple"
+    parts = len(keys[0]) if isinstance(keys[0], tuple) else 1
+    if len(names)!=parts: raise ValueError(f"names={list(names)} for claims in {parts} parts: give a name a part")
+    return pd.MultiIndex.from_tuples(keys, names=names) if isinstance(keys[0], tuple) else pd.Index(keys, name=names[0])
+
 def answer(
     asked:dict, # claim in words (or a tuple of words) -> `Claim`, or (n,) values that are claimed to be above 0
     level:float=.95, # coverage of an interval, and of all answers together, in (0,1)
@@ -278,7 +284,7 @@ def answer(
 )->pd.DataFrame: # a row a claim: claimed, estimate, low, high, n, p, p_holm, answer ('yes', 'no' or 'unclear')
     """Answer claims together, at one error rate for all (Student 1908, Holm 1979, Schuirmann 1987).
 
-    No claims raise a `ValueError`.
+    No claims, or `names` that do not fit them, raise a `ValueError`.
 
     For example, `d` holding one difference a seed:
 
@@ -298,10 +304,7 @@ def answer(
         if claim.p is not None or claim.interval is not None: low,high = claim.interval or (np.nan, np.nan)
         n = len(_finite(np.atleast_1d(claim.values)))
         rows.append(dict(claimed=claim.words, estimate=estimate, low=low, high=high, n=n, p=p, said=said))
-    keys = list(asked)
-    if isinstance(keys[0], tuple): index = pd.MultiIndex.from_tuples(keys, names=names)
-    else: index = pd.Index(keys, name=names[0])
-    table = pd.DataFrame(rows, index=index)
+    table = pd.DataFrame(rows, index=_levels(list(asked), names))
     table['p_holm'] = holm(table.p)
     table['answer'] = np.where(table.p_holm<=1-level, table.said, 'unclear')
     return table.drop(columns='said')
