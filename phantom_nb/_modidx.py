@@ -1392,6 +1392,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'phantom_nb/experiments/stats.py'),
                                               'phantom_nb.experiments.stats._judged': ( 'experiments/stats.html#_judged',
                                                                                         'phantom_nb/experiments/stats.py'),
+                                              'phantom_nb.experiments.stats._levels': ( 'experiments/stats.html#_levels',
+                                                                                        'phantom_nb/experiments/stats.py'),
                                               'phantom_nb.experiments.stats._need': ( 'experiments/stats.html#_need',
                                                                                       'phantom_nb/experiments/stats.py'),
                                               'phantom_nb.experiments.stats._noncentrality': ( 'experiments/stats.html#_noncentrality',
