@@ -65,8 +65,10 @@ def number(
     "Return `value` if it is a finite number in the range; else raise a `ValueError` that says the range (ours)."
     ends = dict(at_least=at_least, above=above, at_most=at_most, below=below)
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if is_number and abs(value)<=sys.float_info.max and not _outside(value, **ends): return value
-    raise ValueError(f"{name}={_shown(value)}: give {what}{_range_words(**ends)}")
+    finite = is_number and abs(value)<=sys.float_info.max
+    if finite and not _outside(value, **ends): return value
+    kind = ' (a finite one)' if is_number and not finite else ''
+    raise ValueError(f"{name}={_shown(value)}: give {what}{_range_words(**ends)}{kind}")
 
 def whole(
     name:str, # name of the option, for the message

@@ -221,7 +221,8 @@ class Regularizer(TrainingCallback):
         self._resume_at = 0
         self._starting = self._fresh = False
         self._written = self._before_lr_find = None
-        self._searched = self._told_frozen = False # whether `lr_find` came last; whether frozen layers were named
+        self._searched = False # whether `lr_find` came last
+        self._told_frozen = self._told_idle = False # what was warned of in this fit
 
     # What a method says
     def penalty(self)->Tensor: raise NotImplementedError(f"{type(self).__name__} must define penalty()")
@@ -280,6 +281,16 @@ class Regularizer(TrainingCallback):
         self._told_frozen = True
         warnings.warn(f"{type(self).__name__} moves nothing: all its layers are frozen", stacklevel=3)
 
+    def _warn_idle(self):
+        "Say after the first epoch of a fit that there was nothing to act on"
+        if self._told_idle: return
+        self._told_idle = True
+        penalties = [penalty for _,_,lam,penalty,_ in self.records if lam]
+        if not penalties or any(penalties): return
+        warnings.warn(f"{type(self).__name__} did nothing: its penalty was 0 in all {len(penalties)} steps of this "
+            "epoch. Are batches too small, with one image of each class, or the layers others than you meant?",
+            stacklevel=3)
+
     def _share(self, term):
         "Share of the gradient (eq. 1), where it is measured"
         short = self.n_epoch*self.n_iter//(10*self.every)
@@ -313,7 +324,7 @@ class Regularizer(TrainingCallback):
         if hasattr(self.learn, 'lr_finder'): self._before_lr_find = self._snapshot()
         self.forget()
         self.selected = self.select()
-        self._fresh,self._told_frozen = True,False
+        self._fresh,self._told_frozen,self._told_idle = True,False,False
         saved = _travelling_state(self.opt).get(self.name) if self.opt else None
         if saved is not None and self._is_loaded(saved): self.load_state_dict(saved['state'])
         self._searched = False
@@ -346,6 +357,7 @@ class Regularizer(TrainingCallback):
     def after_train(self):
         super().after_train()
         self.records = [tuple(v.item() if isinstance(v, Tensor) else v for v in row) for row in self.records]
+        self._warn_idle()
 
     def after_fit(self):
         if self._before_lr_find is None: return

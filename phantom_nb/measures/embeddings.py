@@ -93,8 +93,9 @@ def find_head(
     if len(found)==1: return next(iter(found.items()))
     if found: why = f"{kind} has {len(found)} layers that could be the classifier: {_in_words(found)}"
     else: why = f"no layer of {kind} has {n_out or 'its'} outputs, a class each; there are: {_in_words(layers)}"
-    example = (list(found) or ['fc'])[-1]
-    raise ValueError(f"{why}. Name the one whose input is the embedding, for instance head={example!r}")
+    example = (list(found) or list(layers) or ['fc'])[-1]
+    mend = 'Name' if found or not n_out else f"Give the network {n_out} outputs, or name"
+    raise ValueError(f"{why}. {mend} the one whose input is the embedding, for instance head={example!r}")
 
 # %% ../../nbs/measures/embeddings.ipynb #9d6e7682
 def _n_inputs(module):
@@ -168,6 +169,9 @@ def check_batch(
     y:Tensor # (N,) classes, whole numbers
 )->tuple: # z in float32 (float64 stays), y in int64
     "Return embeddings and classes in the types that are computed in; `ValueError` for wrong shapes or types (ours)."
+    for name,value in dict(z=z, y=y).items():
+        if isinstance(value, Tensor): continue
+        raise ValueError(f"{name} is a {type(value).__name__}: give a tensor, such as torch.as_tensor({name})")
     if z.ndim!=2 or not z.is_floating_point():
         raise ValueError(f"z has shape {tuple(z.shape)} and type {z.dtype}: give floats (B,D), one row a sample")
     if y.shape!=z.shape[:1] or y.is_floating_point():

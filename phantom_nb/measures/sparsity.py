@@ -315,7 +315,9 @@ class ActivationWatch:
         network = unwrap(self.model)
         name = type(network).__name__
         asked = f"layers={self.layers!r}"
-        if self.modules: return ValueError(f"{asked}: {name} called none of {', '.join(self.modules)}")
+        if self.modules:
+            what = f"{name} has called none of {', '.join(self.modules)}"
+            return ValueError(f"{what}: call the network first, or choose layers that it calls")
         if self.functions:
             return ValueError(f"{asked} selects no activation of {name}; there are: {', '.join(self.functions)}")
         kinds = [type(m).__name__ for m in network.modules()]
@@ -334,6 +336,10 @@ def measure_sparsity(
     channel_dim:int|None=None # 1 or -1; None to go by the layers
 )->pd.DataFrame: # one row a layer: units, samples, positions, correlation, dead, and low and high of the filters
     "Measure all layers over a whole data set in one pass; `ValueError` without activations or batches (eq. 3 to 6)."
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}: give the network, such as learn.model")
+    if isinstance(batches, Tensor): raise ValueError("batches is one tensor: give a list of batches, such as [x]")
+    if hasattr(batches, 'train'): raise ValueError("batches holds several loaders: give one, such as dls.valid")
     meters = dict[str,SparsityMeter]()
     n_batches = 0
     watch = ActivationWatch(model, layers, channel_dim)

@@ -167,7 +167,9 @@ class EmbeddingRegularizer(Regularizer):
         n_classes = y.shape[1] if y.ndim==2 else self._n_outputs(head)
         mixers = [m for m in self.mixers() if m.stack_y]
         if mixers and y.ndim==1: y = mixed_shares(y, mixers[0], n_classes)
-        if len(z)!=len(y): raise ValueError(f"the head read {len(z)} rows for {len(y)} labels: name another head")
+        if len(z)!=len(y): 
+            raise ValueError(f"the head read {len(z)} rows for {len(y)} labels: give one label a row, or name the "
+                "head that reads a row an image, head=...")
         if on_several_processes(self.learn.model): z,y = gather_batch(z, y)
         return z, y, n_classes
 
@@ -214,6 +216,8 @@ class PhantomEmbeddings(EmbeddingRegularizer):
         margin:float=.3, # for 'margin': difference of cosines, in (0,2]
         choose:str='all' # what a phantom is made of: 'all' (or k drawn), the k 'nearest', those that are 'right'
     ):
+        if head is not None and layers is not None:
+            raise ValueError(f"head={head!r} and layers={layers!r} name the same thing: give one of them")
         super().__init__(lam, every, layers if head is None else head)
         k = check_form(mode, alpha, tau, margin, k, choose)
         store_attr('mode,k,alpha,tau,margin,choose')

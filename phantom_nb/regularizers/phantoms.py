@@ -24,7 +24,7 @@ CHOICES = ('all','nearest','right')
 
 def check_labels(
     z:Tensor, # (B,D) embeddings
-    y:Tensor, # (B,) classes, negative for none; or (B,C) shares of every class in [0,1], rows add up to 1
+    y:Tensor, # (B,) classes, negative for none; or (B,C) shares of every class in [0,1]; what a row misses to 1 has no class
     n_classes:int|None=None # C; None for the highest class + 1
 )->tuple: # z in float32 (float64 stays); y in int64, or in the type of z
     "Return a batch in the types that are computed in; `ValueError` for what is no embedding or no label (ours)."
@@ -148,7 +148,8 @@ def class_phantoms(
     k = _check_subset(k)
     with torch.autocast(z.device.type, enabled=False):
         pool,labels = _pool(z, y, detach, bank, right)
-        if n_classes is None: n_classes = y.shape[1] if y.ndim==2 else int(labels.max())+1 if len(labels) else 0
+        if n_classes is None:
+            n_classes = y.shape[1] if y.ndim==2 else max(0, int(labels.max())+1) if len(labels) else 0
         counts = class_counts(labels, n_classes, z.dtype)
         weights,present = _average(counts, k, _random_keys(counts, k, generator))
         return weights@pool, present
@@ -237,7 +238,7 @@ def check_form(
     k:int|None=None, # >= 1, or None for all
     choose:str='all' # one of `CHOICES`
 )->int|None: # k
-    "Refuse options that no form knows with a `ValueError`, and what would have no effect (ours)."
+    "Refuse forms and values that there are not, and a choice that a form does not have, with a `ValueError` (ours)."
     one_of('mode', mode, MODES)
     one_of('choose', choose, CHOICES)
     number('alpha', alpha, above=0, at_most=1)
@@ -246,6 +247,15 @@ def check_form(
     if mode=='separate' and choose=='nearest':
         raise ValueError("choose='nearest': 'separate' has phantoms of classes alone; take 'all' or 'right'")
     return _check_subset(k, choose=='nearest')
+
+def _classifying(head, n_classes):
+    "The head, which refuses to be a layer that does not classify"
+    def logits_of(z):
+        logits = head(z)
+        if logits.ndim==2 and n_classes in (None, logits.shape[1]): return logits
+        raise ValueError(f"the head turns {tuple(z.shape)} into {tuple(logits.shape)}: name the layer that makes the "
+            f"logits{f', one for each of {n_classes} classes' if n_classes else ''}")
+    return logits_of
 
 def _is_right(logits, y):
     "Whether the head finds a class of the sample"
@@ -257,7 +267,7 @@ def _cross_entropy(logits, y): return F.cross_entropy(logits, y, reduction='none
 # %% ../../nbs/regularizers/phantoms.ipynb #837cf2c9
 def phantom_loss(
     z:Tensor, # (B,D) embeddings
-    y:Tensor, # (B,) classes, negative for none; or (B,C) shares of mixed images, rows add up to 1
+    y:Tensor, # (B,) classes, negative for none; or (B,C) shares of mixed images; what a row misses to 1 has no class
     mode:str='contrast', # one of `MODES`
     head:Callable|None=None, # for 'mix' and choose='right': embeddings (B,D) -> logits (B,C)
     loss_func:Callable|None=None, # for 'mix': (logits (B,C), classes (B,)) -> (B,) losses; None for cross-entropy
@@ -279,6 +289,7 @@ def phantom_loss(
         what = "'mix' classifies" if mode=='mix' else "choose='right' classifies"
         raise ValueError(f"head=None: {what} embeddings, give the head, such as model.fc")
     z,y = check_labels(z, y, n_classes)
+    if head is not None: head = _classifying(head, y.shape[1] if y.ndim==2 else n_classes)
     nearest = choose=='nearest'
     with torch.autocast(z.device.type, enabled=False):
         with torch.no_grad(): right = _is_right(head(z), y) if head is not None and choose=='right' else None
@@ -305,7 +316,13 @@ def combine_with_phantoms(
     "Classify an embedding combined with phantoms of its likely classes (equation 16; Arif 2023, reading ours)."
     number('alpha', alpha, at_least=0, at_most=1)
     number('tau', tau, above=0, what='a temperature')
-    classes = head(z).topk(whole('likely', likely, at_most=len(p_class)), 1)[1]
+    if not (isinstance(p_class, Tensor) and p_class.shape[1:]==z.shape[1:]):
+        raise ValueError(f"p_class: give the phantoms (C,{z.shape[1]}), the first that class_phantoms returns")
+    logits = head(z)
+    if logits.shape[1]!=len(p_class):
+        raise ValueError(f"p_class holds {len(p_class)} phantoms, the head gives {logits.shape[1]} logits: make them by "
+            f"class_phantoms(..., n_classes={logits.shape[1]})")
+    classes = logits.topk(whole('likely', likely, at_most=len(p_class)), 1)[1]
     phantoms = p_class.to(z)[classes]
     cosines = (directions(z)[:,None]*directions(phantoms)).sum(-1)
     weights = torch.softmax(cosines/tau, 1)

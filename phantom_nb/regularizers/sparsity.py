@@ -44,7 +44,11 @@ def target_layers(
 )->dict: # name -> module; for 'auto' all candidates; empty for a network whose activations are functions
     "Choose the activation modules to aim at; a `ValueError` lists those there are (ours)."
     if layers in ('auto','all'): return activation_layers(model)
-    if layers not in GROUPS: return activation_layers(model, layers)
+    if layers not in GROUPS:
+        try: return activation_layers(model, layers)
+        except ValueError as e:
+            if not isinstance(layers, str): raise
+            raise ValueError(f"{e}; or give 'auto', 'all', 'early', 'middle' or 'late'") from None
     found = activation_layers(model)
     return {name:found[name] for name in third_of(list(found), layers)} if found else {}
 
@@ -83,6 +87,8 @@ class TargetedSparsity(Regularizer):
         number('target', target, at_least=0, below=1, what="a sparsity")
         number('correlation', correlation, at_least=0, what="a weight")
         whole('rechoose', rechoose, at_least=2, what="a whole number of epochs")
+        one_of('channel_dim', channel_dim, (None, 1, -1))
+        if not (act is None or callable(act)): raise ValueError(f"act={act!r}: give a function, such as torch.relu")
         store_attr('target,over,correlation,rechoose,act,channel_dim')
         self.chosen = list[str]() # names aimed at; empty for all that are watched
         self.history = dict[str,list]() # name -> mean sparsity of every epoch, for 'auto'
