@@ -127,6 +127,29 @@ def test_wrong_input_is_refused_by_name(f, kw, what):
     with pytest.raises(ValueError) as e: f(**{'z':torch.ones(3, 2), 'y':torch.zeros(3, dtype=torch.long), **kw})
     assert what in str(e.value)
 
+def test_what_is_no_tensor_and_what_does_not_classify_is_refused():
+    z,y = torch.ones(3, 2),torch.tensor([0,0,2])
+    for kw,what in ((dict(z=z.tolist()), 'z is a list: give a tensor'), (dict(y=y.numpy()), 'y is a ndarray')):
+        with pytest.raises(ValueError, match=what): phantom_loss(**{'z':z, 'y':y, **kw})
+    for options in (dict(mode='mix'), dict(choose='right')):
+        with pytest.raises(ValueError, match='one for each of 3 classes'): phantom_loss(z, y, head=lambda o: o, n_classes=3, **options)
+        with pytest.raises(ValueError, match='one for each of 10 classes'):
+            learner(create_model('small_cnn', size=8, seed=0), PhantomEmbeddings(head='stage3.1.relu', **options)).fit(1)
+    with pytest.raises(ValueError, match='name the same thing'): PhantomEmbeddings(head='fc', layers='fc')
+    p = class_phantoms(z, y)
+    with pytest.raises(ValueError, match='the first that class_phantoms returns'): combine_with_phantoms(z, p, nn.Linear(2, 3))
+    with pytest.raises(ValueError, match='n_classes=4'): combine_with_phantoms(z, p[0], nn.Linear(2, 4))
+
+def test_a_batch_of_ignored_labels_has_no_penalty():
+    z = torch.ones(3, 2, requires_grad=True)
+    for mode in MODES: assert phantom_loss(z, torch.full((3,), -100), mode, lambda o: o)==0
+
+def test_it_is_told_that_an_epoch_had_no_penalty():
+    learn = learner(create_model('small_cnn', size=8, seed=0), PhantomEmbeddings())
+    learn.dls = get_dls('digits', n_train=12, n_valid=10, seed=0, bs=1)
+    with pytest.warns(UserWarning, match='PhantomEmbeddings did nothing: its penalty was 0 in all 12 steps') as told: learn.fit(2)
+    assert sum('did nothing' in str(w.message) for w in told)==1
+
 @pytest.mark.parametrize('kw,what', [(dict(mode='push'), "mode='push': give one of mix"), (dict(alpha=0.), 'alpha=0.0'), (dict(alpha=1.1), 'alpha=1.1'),
     (dict(tau=0.), 'tau=0.0'), (dict(mode='mix'), 'give the head'), (dict(mode='separate', detach=True), 'nothing would be left'),
     (dict(margin=0.), 'margin=0.0'), (dict(margin=2.5), 'margin=2.5'), (dict(choose='best'), "choose='best'"), (dict(choose='nearest'), 'nearest of how many'),

@@ -322,6 +322,17 @@ def test_what_is_written_by_hand_has_a_remedy_that_fits_the_network():
         learn.fit(1)
         assert learn.targeted_sparsity.to_frame().share.max()>0
 
+def test_what_cannot_be_measured_is_refused():
+    model = create_model('small_cnn', size=8, seed=0)
+    learn = Learner(get_dls('digits', n_train=20, n_valid=10), model)
+    for args,what in (((learn, []), 'learn.model'), ((model, learn.dls), 'dls.valid'), ((model, torch.ones(2, 1, 8, 8)), 'one tensor')):
+        with pytest.raises(ValueError, match=what): measure_sparsity(*args)
+    with pytest.raises(ValueError, match='monitor.watch'): SparsityMonitor().end_epoch()
+    for draw in ('plot','plot_layers'):
+        with pytest.raises(ValueError, match="over='density'.*correlation, dead"): getattr(SparsityMonitor(), draw)('density')
+    for f,kw in ((overfit_onset, dict(rise=-1)), (overfit_onset, dict(window=0)), (sparsity_alarm, dict(rise=-1)), (loss_alarm, dict(window=0))):
+        with pytest.raises(ValueError, match=next(iter(kw))): f([1.,2.,3.], **kw)
+
 def test_wrong_names_of_functions_and_no_batches_are_refused():
     with pytest.raises(ValueError, match="layers='zz' selects no activation of Functional; there are: relu"):
         measure_sparsity(Functional(), [randn(2, 1, 8, 8)], layers='zz')
@@ -384,9 +395,15 @@ def test_groups_cut_the_layers_into_thirds():
     with pytest.raises(ValueError, match="'middle': only 2"): target_layers(net[:2], 'middle')
     assert [list(target_layers(net[:n], k)) for n,k in ((2,'early'), (2,'late'), (4,'early'), (4,'late'))]==[['0'], ['1'], ['0'], ['3']]
 
-@pytest.mark.parametrize('kw', [dict(over='x'), dict(target=1.), dict(correlation=-.1), dict(rechoose=1), dict(lam=-1.)], ids=str)
+@pytest.mark.parametrize('kw', [dict(over='x'), dict(target=1.), dict(correlation=-.1), dict(rechoose=1), dict(lam=-1.), dict(channel_dim=0),
+    dict(act='relu')], ids=str)
 def test_options_are_refused(kw):
     with pytest.raises(ValueError, match=next(iter(kw))): TargetedSparsity(**kw)
+
+def test_groups_are_named_where_a_layer_is_not_found():
+    with pytest.raises(ValueError, match="or give 'auto', 'all', 'early'"): target_layers(create_model('small_cnn', size=8), 'lat')
+    with attach(create_model('small_cnn', size=8), TargetedSparsity()) as penalty:
+        with pytest.raises(ValueError, match='call the network first'): penalty(torch.zeros(4).long())
 
 
 # The penalty

@@ -329,7 +329,7 @@ class SparsityMonitor(SparsityRecord, TrainingCallback):
     ):
         "Close an epoch: keep its rows and losses; call it yourself in a loop of your own."
         if self.meters is None:
-            raise ValueError("nothing is watched yet: train inside `with monitor.watch(model):`, and call end_epoch there")
+            raise ValueError("nothing is watched yet: train, and call end_epoch, inside `with monitor.watch(model):`")
         if self.meters.hooks: self.meters.check()
         epoch = len(self.losses)
         self.rows += [dict(epoch=epoch, **row) for row in self.meters.read()]

@@ -24,7 +24,7 @@ CHOICES = ('all','nearest','right')
 
 def check_labels(
     z:Tensor, # (B,D) embeddings
-    y:Tensor, # (B,) classes, negative for none; or (B,C) shares of every class in [0,1]; what a row misses to 1 has no class
+    y:Tensor, # (B,) classes, negative for none; or (B,C) shares in [0,1]; what a row misses to 1 has no class
     n_classes:int|None=None # C; None for the highest class + 1
 )->tuple: # z in float32 (float64 stays); y in int64, or in the type of z
     "Return a batch in the types that are computed in; `ValueError` for what is no embedding or no label (ours)."
