@@ -242,9 +242,9 @@ def test_results_are_shown_with_their_direction():
     with pytest.raises(ValueError, match="baseline='non'.*did you mean 'none'"): show_results(df, console, metric='similarity', baseline='non')
 
 def test_the_front_figure_draws_every_setting_and_says_what_was_not_run(tmp_path):
-    some = dict(a=dict(diff=2., error=.2), b=dict(diff=-.02, error=.1))
+    some = dict(a=dict(diff=2., half=0.4), b=dict(diff=-.02, half=0.2))
     table = dict(settings={name:dict(about=f'setting {name}') for name in 'ab'},
-        methods=dict(good=dict(helps='yes', effects=some), other=dict(helps='unclear', effects=dict(a=dict(diff=.3, error=.3)))))
+        methods=dict(good=dict(helps='yes', effects=some), other=dict(helps='unclear', effects=dict(a=dict(diff=.3, half=0.6)))))
     axs = front_figure(table, tmp_path/'front.png')
     words = [[text.get_text() for text in ax.texts] for ax in axs.flat]
     assert axs.shape==(1,2) and words==[['+0.3','+2.0'], ['under 3 seeds','+0.0']] and (tmp_path/'front.png').stat().st_size>5000
@@ -252,7 +252,7 @@ def test_the_front_figure_draws_every_setting_and_says_what_was_not_run(tmp_path
     assert axs[0,0].lines[-1].get_color()==BETTER
 
 def test_the_front_figure_is_not_ruled_by_a_ruin_nor_by_a_setting_of_one_method():
-    effects = [dict(a=dict(diff=2., error=.2)), dict(a=dict(diff=-65., error=9.)), dict(a=dict(diff=.5, error=.2), b=dict(diff=0., error=.1))]
+    effects = [dict(a=dict(diff=2., half=0.4)), dict(a=dict(diff=-65., half=18)), dict(a=dict(diff=.5, half=0.4), b=dict(diff=0., half=0.2))]
     table = dict(settings={name:dict(about=name) for name in 'ab'},
         methods={f'm{i}':dict(helps='unclear', effects=some) for i,some in enumerate(effects)})
     axs = front_figure(table)

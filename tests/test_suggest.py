@@ -6,7 +6,7 @@ import pytest
 from phantom_nb.experiments.methods import METHODS
 from phantom_nb.experiments.suggest import Setting, distance, effects_near, load_table, nearest_settings, suggest
 
-def _effects(a, b, error=.1): return dict(a=dict(diff=a, error=error, weight='alpha=1'), b=dict(diff=b, error=error, weight='alpha=2'))
+def _effects(a, b, half=.2): return dict(a=dict(diff=a, half=half, weight='alpha=1'), b=dict(diff=b, half=half, weight='alpha=2'))
 
 @pytest.fixture
 def table():
@@ -31,7 +31,7 @@ def test_all_that_is_wrong_is_said_at_once():
 def test_the_mean_of_the_nearest(table):
     assert [name for name,_ in nearest_settings(Setting(10, 20), table)]==['a','b']
     found = {effect.method:effect for effect in effects_near(Setting(10, 20), table)}
-    assert found['mixup'].mean==1.5 and found['mixup'].error==pytest.approx(.1/2**.5) and found['mixup'].weight=='alpha=1'
+    assert found['mixup'].mean==1.5 and found['mixup'].half==pytest.approx(.2/2**.5) and found['mixup'].weight=='alpha=1'
 
 def test_only_what_helps_everywhere_is_recommended(table):
     said = suggest(Setting(10, 20), table)
@@ -53,8 +53,8 @@ def test_gains_nearby_are_named_and_doubted(table):
 
 def test_what_a_setting_shows_by_itself_is_said(table):
     "Shown to help or to harm in one of the nearest settings, corrected for all: said, with a way to try it, also where it is not among the first"
-    helped = dict(helps='unclear', cost=1., effects=dict(a=dict(diff=3.5, error=.2, weight='lam=3', helps='yes')))
-    harmed = dict(helps='unclear', cost=1., effects=dict(b=dict(diff=-1.5, error=.2, weight='lam=1', helps='no')))
+    helped = dict(helps='unclear', cost=1., effects=dict(a=dict(diff=3.5, half=0.4, weight='lam=3', helps='yes')))
+    harmed = dict(helps='unclear', cost=1., effects=dict(b=dict(diff=-1.5, half=0.4, weight='lam=1', helps='no')))
     methods = dict(targeted_sparsity=helped, phantom_margin=harmed)
     said = suggest(Setting(10, 20), table|dict(methods=methods))
     assert '+3.5*' in said and '-1.5*' in said and 'by chance' not in said and 'Recommended: plain' in said

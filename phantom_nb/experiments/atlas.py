@@ -182,7 +182,7 @@ def suggestion_table(
     for row in effects.itertuples():
         runs = df[(df.setting==row.setting) & (df.method==row.method)]
         methods[row.method]['effects'][row.setting] = dict(diff=round(100*row.diff, 3),
-            error=round(100*row.variance**.5, 3), weight=best_weight(runs, names[row.method][0]),
+            half=round(100*row.half, 3), weight=best_weight(runs, names[row.method][0]),
             helps=alone[row.setting, row.method])
     settings = {name:_described(runs) for name,runs in df.groupby('setting') if name in set(effects.setting)}
     return dict(settings=settings, methods=methods)

@@ -84,7 +84,7 @@ def effect_words(
     "Say what a method brought in the atlas (ours)."
     table = load_table()
     effects = table['methods'].get(name, {}).get('effects', {})
-    return '; '.join(f"{table['settings'][setting]['about']}: {told['diff']:+z.1f} ± {2*told['error']:.1f} points"
+    return '; '.join(f"{table['settings'][setting]['about']}: {told['diff']:+z.1f} ± {told['half']:.1f} points"
         for setting,told in effects.items()) or '-'
 
 def _family(name):

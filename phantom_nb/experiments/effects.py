@@ -46,7 +46,7 @@ APART = .001 # a method whose scatter is larger than that of the others by so sm
 def pooled_effects(
     differences:pd.DataFrame, # one row a setting, method and seed: `setting`, `method`, `seed`, `diff`
     over:Sequence=('setting',) # columns within which the scatter is pooled
-)->pd.DataFrame: # one row a setting and method: diff (mean), variance (of the mean), seeds
+)->pd.DataFrame: # one row a setting and method: diff (mean), variance (of the mean), half (of its 95 % interval), seeds
     "Average differences over seeds, with a variance that the methods of a setting share (ours; eq. 5)."
     over = list(over)
     groups = differences.groupby([*over, 'method'], sort=False)['diff']
@@ -56,7 +56,9 @@ def pooled_effects(
     def sums(part): return part.join(table[over]).groupby(over)[['squares','free']].transform('sum')
     mine,rest = table[['squares','free']],sums(table[['squares','free']])-table[['squares','free']]
     apart = stats.f.sf(ratio(mine)/ratio(rest), mine.free, rest.free) < APART
-    table['variance'] = ratio(mine).where(apart, ratio(sums(mine.mul(~apart, axis=0))))/table.seeds
+    shared = sums(mine.mul(~apart, axis=0))
+    table['variance'] = ratio(mine).where(apart, ratio(shared))/table.seeds
+    table['half'] = stats.t.ppf(.975, mine.free.where(apart, shared.free))*table.variance**.5
     return table.drop(columns=['squares','free'])
 
 def effects_over_settings(

@@ -567,7 +567,7 @@ def _effect(ax, row, told, helps):
         ax.text(.98, row, f'under {FEWEST} seeds', color='.45', fontsize='small', **place)
         return
     colour = dict(yes=BETTER, no=WORSE).get(helps, '.25')
-    mean,half = told['diff'],2*told['error']
+    mean,half = told['diff'],told['half']
     ax.hlines(row, mean-half, mean+half, color=colour, lw=2.5)
     at = float(np.clip(mean, *ax.get_xlim())) # a ruin is marked at the edge
     ax.plot(at, row, 'o' if at==mean else '<' if at>mean else '>', color=colour, ms=6, clip_on=False)

@@ -62,7 +62,7 @@ class Effect:
     "What a method is worth in the nearest settings (ours)."
     method:str # a key of `METHODS`
     mean:float # points of test accuracy
-    error:float # standard error of the mean, points
+    half:float # half of the 95 % interval of the mean, points
     helps:str # 'yes', 'no' or 'unclear': over all settings
     cost:float # time of a run, relative to plain training
     weight:str # such as 'alpha=0.4', chosen in the nearest setting
@@ -74,7 +74,7 @@ class Effect:
     @property
     def recommended(self)->bool: # whether it passes the rule
         "Helps over all settings, and is worth half a point here (ours)."
-        return self.helps=='yes' and self.mean>=WORTH and self.mean>2*self.error
+        return self.helps=='yes' and self.mean>=WORTH and self.mean>self.half
 
 def nearest_settings(
     mine:Setting, # yours
@@ -97,12 +97,12 @@ def effects_near(
         here = [told['effects'][name] for name in near if name in told['effects']]
         if not here: continue
         singles = tuple(effect['diff'] for effect in here)
-        error = math.sqrt(sum(effect['error']**2 for effect in here))/len(here)
+        half = math.sqrt(sum(effect['half']**2 for effect in here))/len(here)
         mean,weight = sum(singles)/len(here),here[0]['weight']
         shown,harms = (tuple(name for name in near if told['effects'].get(name, {}).get('helps')==word)
             for word in ('yes','no'))
         best = told['effects'][shown[0]]['weight'] if shown else ''
-        found.append(Effect(method, mean, error, told['helps'], told['cost'], weight, singles, shown, harms, best))
+        found.append(Effect(method, mean, half, told['helps'], told['cost'], weight, singles, shown, harms, best))
     return sorted(found, key=lambda effect: -effect.mean)
 
 # %% ../../nbs/experiments/suggest.ipynb #ff35ac62
@@ -117,13 +117,13 @@ def suggest(
     alike = any(table['settings'][name].get('pretrained', False)==mine.pretrained for name,_ in near)
     lines = [*_caution(near, alike), "Nearest settings that were tried:"]
     lines += [f"  {name} ({table['settings'][name]['about']}), {far:.1f} steps away" for name,far in near]
-    lines += [STEP, "", "Effect on test accuracy there, in points: mean (± two standard errors of the seeds); "
+    lines += [STEP, "", "Effect on test accuracy there, in points: mean (± half of its 95 % interval, of each alone); "
         "in each (* shown there); is it shown to help over all?"]
     for effect in effects[:5]:
         known = table['methods'][effect.method]['effects']
         def one(name): return f"{known[name]['diff']:+z.1f}{'*' if name in effect.shown+effect.harms else ''}"
         each = ', '.join(one(name) if name in known else '-' for name,_ in near)
-        points = f"{effect.mean:+z.1f} ± {2*effect.error:.1f}"
+        points = f"{effect.mean:+z.1f} ± {effect.half:.1f}"
         lines.append(f"  {effect.method:18} {points}   {each:12} {effect.helps:8} {effect.weight}")
     if rest := [f"{effect.method} {effect.mean:+z.1f}" for effect in effects[5:]]:
         lines.append(f"  and less: {', '.join(rest)}")
@@ -143,7 +143,7 @@ def _advice(effects):
             f"{e.best}. Not shown over all settings, so compare it on your images: phantom_nb compare --data FOLDER "
             f"--methods {e.method}:{e.best}" for e in shown]
         lines += [f"  Shown to harm in {' and '.join(e.harms)}: {e.method}." for e in effects if e.harms]
-        felt = [e for e in effects if not e.shown and e.mean>3*e.error and min(e.singles)>=WORTH]
+        felt = [e for e in effects if not e.shown and e.mean>1.5*e.half and min(e.singles)>=WORTH]
         if not felt: return lines
         told = ', '.join(f"{e.method} ({e.mean:+.1f} points)" for e in felt[:3])
         return [*lines, f"  Gained in the nearest settings: {told}. One of many methods can do so by chance."]
