@@ -97,10 +97,10 @@ def test_the_command_counts_a_folder(tmp_path):
     assert '2 classes' in found.output and 'Nearest settings' in found.output
 
 def test_the_lines_where_the_rule_turns(table):
-    "Two standard errors, two steps; five methods have lines of their own"
-    def effect(mean, error): return {m:dict(helps='yes', cost=1., effects=_effects(mean, mean, error)) for m in ('mixup',)}
-    assert 'Recommended: mixup' in suggest(Setting(10, 20), table|dict(methods=effect(1., .6)))
-    assert 'Recommended: plain' in suggest(Setting(10, 20), table|dict(methods=effect(1., .8)))
+    "An interval that leaves zero out, two steps; five methods have lines of their own"
+    def effect(mean, half): return {m:dict(helps='yes', cost=1., effects=_effects(mean, mean, half)) for m in ('mixup',)}
+    assert 'Recommended: mixup' in suggest(Setting(10, 20), table|dict(methods=effect(1., 1.2)))
+    assert 'Recommended: plain' in suggest(Setting(10, 20), table|dict(methods=effect(1., 1.6)))
     far = suggest(Setting(10, 400_000), table)
     assert far.startswith('Take care: the nearest setting is 5.3 steps away, so') and 'began' not in far
     assert suggest(Setting(10, 56_000), table).startswith('Take care') and not suggest(Setting(10, 38_000), table).startswith('Take care')

@@ -113,7 +113,7 @@ METHODS = dict( # chkstyle: ignore-node
         dict(weights='mean', detach=False, queue=0)),
     phantom_mix=Method("the head also classifies samples moved to their phantoms (Arif et al. 2023; form ours)",
         dict(lam=.3, k=None, alpha=.5), lambda **kw: _phantom(mode='mix', **kw), LOSS, PHANTOM),
-    phantom_contrast=Method("`phantom` with its temperature and weight to tune; at 1 in the atlas, not .3 (Arif et al. 2023; form ours)",
+    phantom_contrast=Method("`phantom`, but tuned; temperature 1 in the atlas, not .3 (Arif et al. 2023; form ours)",
         dict(lam=.3, k=None, tau=.3), lambda **kw: _phantom(mode='contrast', **kw), LOSS, PHANTOM, same_as='phantom'),
     phantom_margin=Method("own phantom against the nearest other (Arif et al. 2023; form ours)",
         dict(lam=.3, k=None, margin=.3), lambda **kw: _phantom(mode='margin', **kw), LOSS, PHANTOM, rival=True),

@@ -320,8 +320,8 @@ def combine_with_phantoms(
         raise ValueError(f"p_class: give the phantoms (C,{z.shape[1]}), the first that class_phantoms returns")
     logits = head(z)
     if logits.shape[1]!=len(p_class):
-        raise ValueError(f"p_class holds {len(p_class)} phantoms, the head gives {logits.shape[1]} logits: make them by "
-            f"class_phantoms(..., n_classes={logits.shape[1]})")
+        raise ValueError(f"p_class holds {len(p_class)} phantoms, the head gives {logits.shape[1]} logits: make them "
+            f"by class_phantoms(..., n_classes={logits.shape[1]})")
     classes = logits.topk(whole('likely', likely, at_most=len(p_class)), 1)[1]
     phantoms = p_class.to(z)[classes]
     cosines = (directions(z)[:,None]*directions(phantoms)).sum(-1)
