@@ -67,7 +67,7 @@ def number(
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     finite = is_number and abs(value)<=sys.float_info.max
     if finite and not _outside(value, **ends): return value
-    kind = ' (a finite one)' if is_number and not finite else ''
+    kind = ' (a finite one)' if is_number and not finite and at_most is below is None else ''
     raise ValueError(f"{name}={_shown(value)}: give {what}{_range_words(**ends)}{kind}")
 
 def whole(

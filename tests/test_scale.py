@@ -93,7 +93,10 @@ def test_every_program_has_a_curve(): assert {c['what'] for c in CURVES}==set(PR
 
 @linux
 def test_memory_is_seen():
-    with peak_memory() as seen: torch.ones(20_000_000).sum()
+    with peak_memory() as seen:
+        a = torch.ones(20_000_000)
+        time.sleep(.2) # on a busy machine too there is a look at it
+        del a
     assert 70<seen['mb']<120
 
 def test_recorded_curves_are_complete():
