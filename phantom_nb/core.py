@@ -283,7 +283,7 @@ class Regularizer(TrainingCallback):
 
     def _warn_idle(self):
         "Say after the first epoch of a fit that there was nothing to act on"
-        if self._told_idle: return
+        if self._told_idle or self.kind!='penalty': return
         self._told_idle = True
         penalties = [penalty for _,_,lam,penalty,_ in self.records if lam]
         if not penalties or any(penalties): return

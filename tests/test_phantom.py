@@ -1,5 +1,5 @@
 "Phantom embeddings: the functions against loops, plain and mixed labels, the callback's promises beyond the contract"
-import math
+import math, warnings
 from collections import deque
 from functools import partial
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from phantom_nb.contract import _learner
 from phantom_nb.data import get_dls
+from phantom_nb.experiments.libraries import EMA
 from phantom_nb.experiments.methods import METHODS, make_method
 from phantom_nb.experiments.runner import Run, train_run
 from phantom_nb.experiments.tune import search_space
@@ -149,6 +150,8 @@ def test_it_is_told_that_an_epoch_had_no_penalty():
     learn.dls = get_dls('digits', n_train=12, n_valid=10, seed=0, bs=1)
     with pytest.warns(UserWarning, match='PhantomEmbeddings did nothing: its penalty was 0 in all 12 steps') as told: learn.fit(2)
     assert sum('did nothing' in str(w.message) for w in told)==1
+    with warnings.catch_warnings(record=True) as told: learner(create_model('small_cnn', size=8, seed=0), EMA()).fit(1)
+    assert not any('did nothing' in str(w.message) for w in told) # it has no penalty, and works
 
 @pytest.mark.parametrize('kw,what', [(dict(mode='push'), "mode='push': give one of mix"), (dict(alpha=0.), 'alpha=0.0'), (dict(alpha=1.1), 'alpha=1.1'),
     (dict(tau=0.), 'tau=0.0'), (dict(mode='mix'), 'give the head'), (dict(mode='separate', detach=True), 'nothing would be left'),
