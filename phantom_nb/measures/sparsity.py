@@ -338,7 +338,6 @@ def measure_sparsity(
     "Measure all layers over a whole data set in one pass; `ValueError` without activations or batches (eq. 3 to 6)."
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: give the network, such as learn.model")
-    if isinstance(batches, Tensor): raise ValueError("batches is one tensor: give a list of batches, such as [x]")
     if hasattr(batches, 'train'): raise ValueError("batches holds several loaders: give one, such as dls.valid")
     meters = dict[str,SparsityMeter]()
     n_batches = 0
