@@ -167,7 +167,7 @@ class EmbeddingRegularizer(Regularizer):
         n_classes = y.shape[1] if y.ndim==2 else self._n_outputs(head)
         mixers = [m for m in self.mixers() if m.stack_y]
         if mixers and y.ndim==1: y = mixed_shares(y, mixers[0], n_classes)
-        if len(z)!=len(y): 
+        if len(z)!=len(y):
             raise ValueError(f"the head read {len(z)} rows for {len(y)} labels: give one label a row, or name the "
                 "head that reads a row an image, head=...")
         if on_several_processes(self.learn.model): z,y = gather_batch(z, y)
