@@ -245,7 +245,7 @@ def test_settings_that_are_no_numbers_are_told(tmp_path, capsys, monkeypatch):
 
 def test_specifications_of_the_record_make_the_recorded_runs():
     "Traces are a kind of sweep: their files give the runs that are recorded; studies keep their names"
-    for name in ('sparsity-warning','sparsity-long','sparsity-fair'):
+    for name in ('sparsity-warning-trained','sparsity-long','sparsity-fair'):
         rows = load_results(ROOT/f'results/{name}.jsonl')
         assert len(rows) and set(rows.key)<={run.key for run in load_sweep(ROOT/f'results/{name}.toml').runs}
     for name in ('baselines','comhe','phantom','sparsity'):
