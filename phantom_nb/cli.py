@@ -284,7 +284,7 @@ def _named_methods(methods, check):
 def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds:Seeds=None, epochs:Epochs=None,
     model:Model='small_cnn', pretrained:Pretrained=False, augment:Augment='', size:Size=None, lr:Lr=None,
     precision:Precision='float32', time_budget:Budget=None, out:Out=None, root:Root=None, jobs:Jobs=None):
-    "Train every method with the same seeds, data order and budget; show who wins and by how much."
+    "Train methods with the same seeds, data order and budget; show who wins and by how much."
     fields = _shared_fields(data, model, pretrained, augment, size, lr, precision)
     if epochs==1: fields.pop('frozen', None) # nothing is left after the head's epoch
     with _checks() as check:

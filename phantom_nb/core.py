@@ -297,7 +297,10 @@ class Regularizer(TrainingCallback):
         stride = self.every*max(1, min(self.probe_every, short))
         if self.steps % stride or self.learn.loss is None or is_compiled(self.model): return math.nan
         if not term.requires_grad: return 0.
-        penalty,data = self._norms(term)
+        try: penalty,data = self._norms(term)
+        except RuntimeError as error: # checkpoints that are reentrant give their gradients once
+            if 'use_reentrant' not in str(error): raise
+            return math.nan
         return penalty/(penalty+data)
 
     def _norms(self, term):

@@ -42,6 +42,7 @@ class SecondPass(Regularizer):
     order = Regularizer.order+.5 # behind the penalties, ahead of what divides and scales the loss
     decomposes = False
     _random = None
+    _autocast = False,torch.float32 # mixed precision of the forward pass
     _alone = False # whether the loss is still the data's, so that its graph is needed once
 
     def displacement(self,
@@ -132,10 +133,9 @@ class SecondPass(Regularizer):
         with torch.autocast(device, dtype=dtype, enabled=on): pred = model(*self.learn.xb)
         return self.learn.loss_func(to_float(pred) if on else pred, *self.learn.yb)
 
-    def term(self):
+    def after_pred(self): # before mixed precision ends for this batch
         device = next(self.model.parameters()).device.type
         self._autocast = torch.is_autocast_enabled(device),torch.get_autocast_dtype(device)
-        return super().term()
 
 def _is_copy(copy, original):
     "Whether one tensor is made from another by copying alone, as fastai makes `loss` from `loss_grad`"

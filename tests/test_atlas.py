@@ -5,9 +5,10 @@ import numpy as np, pandas as pd, pytest
 from scipy.optimize import brentq
 from scipy.stats import t as student, ttest_1samp
 
-from phantom_nb.experiments.atlas import (chosen_values, load_atlas, pair_gains, planned_weights, same_trainings, seed_differences,
+from phantom_nb.experiments.atlas import (best_weight, chosen_values, load_atlas, pair_gains, planned_weights, same_trainings, seed_differences,
     setting_claims, suggestion_table)
 from phantom_nb.experiments.effects import effect_claim, effects_over_settings, pooled_effects, random_effects
+from phantom_nb.experiments.methods import full_settings, read_method
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.stats import answer
 from phantom_nb.experiments.store import load_results, write_rows
@@ -74,6 +75,22 @@ def test_diverged_is_never_chosen_where_there_is_another():
     runs = _rows({.1:[1, 2, 3], 1.:[10, np.nan, 30]}, {.1:[.1]*3, 1.:[.9, np.nan, .9]})
     runs.loc[runs.accuracy.isna(), 'status'] = 'diverged'
     assert chosen_values(runs)[0]==1 and chosen_values(runs)[2]==3 # the others' mean is -.05 with the diverged one
+
+def test_a_seed_whose_chosen_run_diverged_is_left_out():
+    "Though a network of NaN has an accuracy, that of its first class"
+    runs = _rows({.1:[1, 2, 3], 1.:[.1, 20, 30]}, {.1:[.1]*3, 1.:[.1, .9, .9]}).assign(settings=[{'alpha':w} for w in (.1,1.) for _ in range(3)])
+    runs.loc[3,'status'] = 'diverged'
+    assert chosen_values(runs).to_dict()=={1:2, 2:3} # the others choose 1. for seed 0; for seed 2 they have -.05 and .1
+    assert best_weight(runs.assign(method='mixup'), 'alpha')=='alpha=1' # a mean of .27 with the diverged one
+    runs.loc[4,'status'] = 'failed'
+    assert best_weight(runs.assign(method='mixup'), 'alpha')=='alpha=0.1'
+
+def test_a_suggested_weight_makes_the_method_that_was_measured():
+    "With the settings that are not its defaults"
+    runs = _rows({1.:[1, 2, 3]}, {1.:[.1]*3}).assign(method='phantom_contrast', settings=[{'lam':1., 'tau':1., 'k':None}]*3)
+    words = best_weight(runs, 'lam')
+    method,settings = read_method(f'phantom_contrast:{words}')
+    assert words=='lam=1:tau=1' and full_settings(method, settings)['tau']==1. and full_settings(method, settings)['lam']==1.
 
 def test_a_seed_without_all_weights_waits():
     runs = _rows({.1:[1, 2, 3], 1.:[10, 20, 30]}, {.1:[.1]*3, 1.:[.9]*3})
@@ -149,11 +166,18 @@ def test_a_method_far_less_stable_than_the_others_has_its_own_variance():
 
 def test_trainings_of_other_sweeps_count(tmp_path):
     wanted = next(run for run in load_sweep(SPEC).runs if run.method=='mixup')
-    rows = [{**asdict(replace(wanted, experiment='other', **told)), 'settings':dict(wanted.settings), 'key':str(i), 'status':'done', 'accuracy':.5, 'valid_accuracy':.5}
-        for i,told in enumerate((dict(), dict(epochs=7), dict(lr=.5)))]
+    others = [replace(wanted, experiment='other', **told) for told in (dict(), dict(epochs=7), dict(lr=.5))]
+    rows = [{**asdict(run), 'settings':dict(run.settings), 'key':run.key, 'status':'done', 'accuracy':.5, 'valid_accuracy':.5} for run in others]
     write_rows(pd.DataFrame(rows), tmp_path/'rows.jsonl')
     found = same_trainings(load_results(tmp_path/'rows.jsonl'), SPEC)
-    assert found.key.tolist()==['0'] and found.experiment.tolist()==[wanted.experiment]
+    assert found.key.tolist()==[others[0].key] and found.experiment.tolist()==[wanted.experiment]
+
+def test_all_rows_of_the_atlas_are_trainings_of_its_plan():
+    "Also where a number of images a class, or a share of them, makes a row's number of images"
+    df = load_results('results/atlas.jsonl')
+    own = df[df.key.isin({run.key for run in load_sweep(SPEC).runs})]
+    found = same_trainings(own, SPEC)
+    assert len(own)>600 and {'atlas-grocery-5','atlas-trashnet-20'}<=set(found.experiment) and (found.experiment==own.experiment).all()
 
 @pytest.mark.parametrize('level', [.9, .95])
 def test_intervals_over_settings_by_hand(level):
@@ -169,3 +193,12 @@ def test_pooled_effects_keep_the_order_and_need_a_free_seed():
     d = pd.DataFrame(dict(setting=['z','z','a'], method='m', seed=[0,1,0], diff=[1.,3.,5.]))
     table = pooled_effects(d)
     assert table.setting.tolist()==['z','a'] and table.variance[0]==1. and np.isnan(table.variance[1])
+
+def test_missing_and_equal_differences_say_nothing():
+    d = pd.DataFrame([('a', m, i, x) for m,values in enumerate(([1.,2.,4.], [0.,1.,1.])) for i,x in enumerate(values)], columns=['setting','method','seed','diff'])
+    gap = pd.concat([d, pd.DataFrame([('a', 0, 3, np.nan)], columns=d.columns)], ignore_index=True)
+    assert pooled_effects(gap).variance.tolist()==pytest.approx(pooled_effects(d).variance.tolist())
+    same = pd.DataFrame([(s, 'm', i, 1.) for s in 'abc' for i in range(3)], columns=d.columns)
+    assert pooled_effects(same).variance.isna().all()
+    none = effects_over_settings(pooled_effects(same))
+    assert len(none)==0 and {'mean','low','high','settings'}<=set(none)

@@ -807,3 +807,16 @@ def test_a_penalty_that_moves_nothing_says_so():
             learn.fit(2)
         return [str(w.message) for w in told if 'frozen' in str(w.message)]
     assert words([1])==['L2Penalty moves nothing: all its layers are frozen'] and words([3])==[]
+
+def test_reentrant_checkpoints_leave_the_share_unknown():
+    from torch.utils.checkpoint import checkpoint
+    from phantom_nb.regularizers.hyperspherical import MHE
+    class Saving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first,self.inner,self.head = nn.Linear(64, 20),nn.Linear(20, 20),nn.Linear(20, 10)
+        def forward(self, x): return self.head(checkpoint(self.inner, self.first(x.flatten(1)), use_reentrant=True))
+    learn = Learner(get_dls('digits', n_train=40, n_valid=20, bs=20, device='cpu'), Saving(), cbs=MHE(.1))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    df = learn.mhe.to_frame()
+    assert df.share.isna().all() and (df.penalty>0).all()

@@ -294,3 +294,17 @@ def test_a_buffer_that_is_replaced_is_put_back():
     learn.seen = []
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Callback(after_batch=count))
     assert learn.seen==[1,2,3,4]
+
+@pytest.mark.parametrize('make', [lambda: SAM(.1), lambda: AMP(.1)])
+def test_both_passes_have_the_precision_of_training(make):
+    from phantom_nb.experiments.learner import Bfloat16
+    seen,learn = [],learner(make(), Bfloat16())
+    hook = learn.model[0].register_forward_hook(lambda module, inputs, out: seen.append(out.dtype) if learn.training else None)
+    with learn.no_bar(): learn.fit(1)
+    hook.remove()
+    assert len(seen)>=4 and set(seen)=={torch.bfloat16}
+
+def test_without_a_step_the_second_pass_adds_nothing_in_mixed_precision():
+    from phantom_nb.experiments.learner import Bfloat16
+    learn = trained(SAM(1e-12), Bfloat16())
+    assert learn.sam.to_frame().share.dropna().max()<1e-6

@@ -105,3 +105,23 @@ def test_the_growth_is_the_mean_over_layers_of_how_far_each_is_from_its_length()
     cb.pairs['4'][0].weight.data = 4*first[4].weight.data
     cb._project()
     assert cb._growth.item()==pytest.approx(torch.tensor(2.).log().item(), rel=1e-5)
+
+class Residual(nn.Module):
+    "What the first layer gives goes through the normalisation, and past it; the second goes through one alone"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem,self.bn,self.inner,self.inner_bn,self.head = nn.Conv2d(1, 4, 3, padding=1),nn.BatchNorm2d(4),nn.Conv2d(4, 4, 3, padding=1),nn.BatchNorm2d(4),nn.Linear(256, 10)
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((x+self.inner_bn(self.inner(self.bn(x).relu()))).flatten(1))
+
+def test_a_layer_that_a_residual_branch_reads_is_left_out():
+    first = weight_norm(Residual().inner).item()
+    with pytest.warns(UserWarning, match='leaves out stem'): learn = fit(NormalizeAndProject(), model=Residual())
+    assert list(learn.normalize_and_project.pairs)==['inner'] and weight_norm(learn.model.inner).item()==pytest.approx(first, rel=1e-5)
+    assert abs(weight_norm(learn.model.stem).item()/weight_norm(Residual().stem).item()-1)>1e-3
+
+def test_a_chain_is_left_as_it_is(recwarn):
+    assert set(fit(NormalizeAndProject()).normalize_and_project.pairs)=={'0','4'}
+    assert not [w for w in recwarn if 'leaves out' in str(w.message)]

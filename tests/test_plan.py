@@ -259,3 +259,16 @@ def test_few_test_images_show_less():
 def test_methods_that_do_not_go_together_are_refused_before_training(few, capsys):
     code,out,err = compare(capsys, '--data', few(4), '--methods', 'mixup+cutmix')
     assert code==2 and 'both mix images and labels' in err and not Path('compare').exists()
+
+def test_a_method_that_diverged_in_every_run_does_not_block_the_others():
+    found = rows('none', [.70,.72,.71], [.69,.70,.70])+rows('mixup', [.74,.75,.76], [.73,.74,.745])
+    lost = [dict(row, status='diverged') for row in rows('srip', [.1]*3, [.1]*3)]
+    said = advise(pd.DataFrame(found+lost), methods=('none','mixup','srip'), seeds=3)
+    assert 'Use mixup on these images' in said and said.endswith('Not judged: srip, which failed or diverged in every run.')
+    assert 'too few to choose' in advise(pd.DataFrame(found+lost[:2]), methods=('none','mixup','srip'), seeds=3) # it may still end well
+
+def test_a_number_of_images_a_class_is_planned_as_such(monkeypatch):
+    import phantom_nb.experiments.plan as plan
+    monkeypatch.setattr(plan, 'step_seconds', lambda *args, **kwargs: .01)
+    fits = [plan_comparison(run, 60., jobs=1, device='cpu')[1] for run in (Run(n_train=50), Run(n_train=None, per_class=5))]
+    assert fits[0]==fits[1]

@@ -15,7 +15,7 @@ from phantom_nb.experiments.engines import ENGINES
 from phantom_nb.experiments.learner import SCHEDULES, OPTIMIZERS, evaluate, hold_out, make_learner, product_types
 from phantom_nb.experiments.methods import METHODS, make_method
 from phantom_nb.experiments.runner import Run, load_results, name_images, run_many, run_one, settle_precision, train_run
-from phantom_nb.experiments.store import recorded_row, save_results, write_atomic, write_row
+from phantom_nb.experiments.store import recorded_row, run_file, save_results, write_atomic, write_row
 from phantom_nb.models import MODELS
 from phantom_nb.pretrained import FreezeNorm
 
@@ -433,3 +433,15 @@ def test_a_failure_of_the_surroundings_is_tried_again(tmp_path):
 @pytest.mark.parametrize('settings', ['alpha=1', None, 3], ids=str)
 def test_settings_are_a_dict(settings):
     with pytest.raises(ValueError, match=r"give a dict, \{'alpha'"): Run(method='mixup', settings=settings)
+
+def test_what_was_missing_outside_is_tried_again(tmp_path):
+    "A library, a connection, or the folder as it was; what fails by itself stays failed"
+    run = Run(n_train=20, epochs=1)
+    for error,again in (("ModuleNotFoundError: No module named 'timm'", True), ('ImportError: timm is not installed', True), ('ConnectionError: weights were not fetched', True),
+        ("ImagesChanged: data='photos': its images are not those", True), ('ValueError: no such model', False)):
+        write_row(run_file(tmp_path, run), dict(key=run.key, method='none', seed=0, status='failed', error=error))
+        assert (run_one(run, tmp_path, device='cpu')['status']=='done')==again
+
+def test_two_methods_tell_of_the_one_that_is_felt_most():
+    alone,both = (runner.train_run(Run(n_train=40, epochs=1, method=name), device='cpu') for name in ('half_mhe','half_mhe+ema'))
+    assert both['share']==pytest.approx(alone['share']) and alone['share']>0 and both['penalty']==pytest.approx(alone['penalty'])

@@ -139,3 +139,18 @@ def test_spectral_penalty_in_any_precision_of_the_weights(dtype):
         net(torch.randn(4, 1, 8, 8, dtype=dtype))
         penalty().backward()
     assert all(m.weight.grad.isfinite().all() for m in (net[0], net[2]))
+
+def test_spectral_penalty_wakes_up_with_a_layer_that_begins_at_zero():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.init.zeros_(model[2].weight)
+    x,y,reg = torch.randn(16, 4),torch.randint(3, (16,)),SpectralPenalty(.01)
+    opt = torch.optim.SGD(model.parameters(), .3)
+    with attach(model, reg) as penalty:
+        for _ in range(60):
+            before = [layer.weight.detach().clone() for layer in (model[0], model[2])]
+            (nn.functional.cross_entropy(model(x), y)+penalty(y)).backward()
+            opt.step()
+            opt.zero_grad()
+    exact = sum(torch.linalg.matrix_norm(w, 2)**2 for w in before)/2
+    assert reg.records[0][3]>0 and reg.records[-1][3]==pytest.approx(exact.item(), rel=.03)

@@ -13,7 +13,7 @@ from phantom_nb.experiments.report import run_rows, tell_apart
 from phantom_nb.experiments.runner import Run, load_results
 from phantom_nb.experiments.sweep import load_sweep, methods_of, parse_sweep, run_sweep, runs_of
 from phantom_nb.experiments.stats import mean_interval
-from phantom_nb.experiments.tune import choice_variance, leave_one_out, study_name, tune_many, tune_one, tuned_interval, with_chosen, with_values
+from phantom_nb.experiments.tune import choice_variance, leave_one_out, mark_best, study_name, tune_many, tune_one, tuned_interval, with_chosen, with_values
 
 pytest.importorskip('optuna')
 QUICK = Run(epochs=2, n_train=40)
@@ -386,3 +386,41 @@ def test_a_choice_wants_two_seeds_and_numbers():
     with pytest.raises(ValueError, match='seeds of scores=1'): leave_one_out([[.1],[.9]], [[1.],[2.]])
     with pytest.raises(ValueError, match='hold NaN'): leave_one_out([[.1,np.nan],[.9,.2]], np.ones((2, 2)))
     assert leave_one_out([[.1]], [[.7]])==[.7] # one setting is no choice
+
+def test_rows_beside_an_old_folder_of_runs_are_kept(tmp_path):
+    "As a pull brings them: three rows in the file, of which the folder has one"
+    sweep = parse_sweep(dict(data='digits', methods='none', seeds=3, n_train=20, epochs=1))
+    run_sweep(sweep, tmp_path, jobs=1, device='cpu')
+    for file in sorted((tmp_path/'runs').glob('*.json'))[1:]: file.unlink()
+    before = load_results(tmp_path/'results.jsonl')
+    df,_ = run_sweep(sweep, tmp_path, time_budget=-1., jobs=1, device='cpu')
+    assert len(before)==len(df)==len(load_results(tmp_path/'results.jsonl'))==3
+
+def test_failed_rows_of_runs_on_all_images_come_back(tmp_path):
+    sweep = parse_sweep(dict(seeds=1, methods='none', n_train='all', per_class=100_000, epochs=1, data='digits'))
+    for _ in range(2):
+        df,_ = run_sweep(sweep, tmp_path, jobs=1, device='cpu')
+        assert df.status.tolist()==['failed']
+        for file in (tmp_path/'runs').glob('*.json'): file.unlink()
+
+def test_unfinished_work_is_no_result(tmp_path):
+    run_sweep(parse_sweep(dict(data='digits', methods='none', seeds=1, n_train=20, epochs=1)), tmp_path, jobs=1, device='cpu')
+    (tmp_path/'runs'/'.work').mkdir(exist_ok=True)
+    (tmp_path/'runs'/'.work'/'precision.jsonl').write_text('{"what": {"data": "dig')
+    assert len(load_results(tmp_path/'runs'))==1
+
+def test_a_diverged_trial_scores_nothing():
+    "Though its network of NaN has an accuracy"
+    rows = [dict(trial=0, status='done', valid_accuracy=.45, valid_loss=.8), dict(trial=1, status='diverged', valid_accuracy=.5, valid_loss=None)]
+    assert mark_best(rows, 2).chosen.tolist()==[True,False]
+
+def test_a_study_remembers_a_diverged_trial_with_zero(tmp_path, monkeypatch):
+    from phantom_nb.experiments import tune
+    monkeypatch.setattr(tune, 'run_one', lambda run, *args, **kwargs: dict(key=run.key, status='diverged', valid_accuracy=.5))
+    run = Run(method='dropout', n_train=20)
+    tune_one(run, tmp_path, trials=1, n_valid=10, seeds=2)
+    study,done = tune.open_study(next((tmp_path/'studies').glob('*.log')), study_name(run, 10, tune.LR, 2), {})
+    assert len(done)==1 and study.best_value==0
+
+def test_no_trial_learns_from_images_that_judge(tmp_path):
+    with pytest.raises(ValueError, match='folds=5: trials would learn'): tune_one(Run(n_train=None, folds=5, n_valid=100), tmp_path)

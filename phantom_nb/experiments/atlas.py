@@ -9,13 +9,13 @@ __all__ = ['PREFIX', 'FEWEST_SEEDS', 'ABOUT', 'planned_weights', 'same_trainings
 # %% ../../nbs/experiments/atlas.ipynb #b2228a88
 import json, tomllib
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
 
 from .effects import effect_claim, effects_over_settings, pooled_effects
-from .run import Run
+from .methods import METHODS
 from .stats import Claim, answer
 from .sweep import load_sweep
 from .store import load_results, write_atomic
@@ -32,21 +32,15 @@ def planned_weights(
     return {method:next((name, values) for name,values in given.items() if isinstance(values, list))
         for method,given in settings.items()}
 
-def _as_run(row):
-    "The run that a row records, whatever sweep it belongs to"
-    known = [f.name for f in fields(Run) if f.name in row]
-    given = {name:row[name] for name in known if name=='settings' or not pd.isna(row[name])}
-    return replace(Run(**given), experiment='')
-
 def same_trainings(
     df:pd.DataFrame, # recorded runs of other sweeps
     spec:str|Path # the plan's .toml file
 )->pd.DataFrame: # those that are runs of the plan but for the sweep's name, with the plan's `experiment`
     "Find runs of other sweeps that the plan asks for, too (ours)."
-    wanted = {replace(run, experiment=''):run.experiment for run in load_sweep(spec).runs}
-    df = df[df.data.isin({run.data for run in wanted})]
-    found = [wanted.get(_as_run(row)) for row in df.to_dict('records')]
-    return df.assign(experiment=found).dropna(subset='experiment')
+    plan = load_sweep(spec).runs
+    df = df[df.data.isin({run.data for run in plan})]
+    wanted = {replace(run, experiment=name).key:run.experiment for name in df.experiment.unique() for run in plan}
+    return df.assign(experiment=df.key.map(wanted)).dropna(subset='experiment')
 
 def load_atlas(
     rows:str|Path, # recorded runs
@@ -81,7 +75,8 @@ def chosen_values(
     "Judge a method at the weight that the other seeds' validation images choose (equation 1)."
     done = runs.assign(score=runs.valid_accuracy.where(runs.status=='done', -1.))
     scores = _by_weight(done, 'score').dropna(axis=1) # seeds with all weights
-    values = _by_weight(done, metric)[scores.columns]
+    judged = done.assign(judged=done[metric].where(done.status=='done')) # a diverged network has a number, too
+    values = _by_weight(judged, 'judged')[scores.columns]
     if scores.empty or scores.shape[1]==1<len(scores): return pd.Series(dtype=float) # nobody else to choose by
     return pd.Series(leave_one_out(scores, values), scores.columns).dropna()
 
@@ -161,9 +156,13 @@ def _described(runs):
 def best_weight(
     runs:pd.DataFrame, # of one method in one setting
     name:str # of its weight
-)->str: # such as 'alpha=0.4'
+)->str: # such as 'alpha=0.4', or 'lam=1:tau=1' where more than the weight is not the default; as `read_method` reads it
     "Write the weight with the best mean validation accuracy (ours)."
-    return f"{name}={runs.groupby('weight').valid_accuracy.mean().idxmax():g}"
+    score = runs.valid_accuracy.where(runs.status=='done', -1.)
+    best = runs[runs.weight==score.groupby(runs.weight).mean().idxmax()].iloc[0]
+    defaults = METHODS[best.method].defaults
+    others = {k:v for k,v in best.settings.items() if k!=name and v!=defaults.get(k, v)}
+    return ':'.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k,v in ({name:best.weight}|others).items())
 
 def suggestion_table(
     df:pd.DataFrame, # as `load_atlas` gives

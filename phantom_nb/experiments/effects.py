@@ -50,14 +50,15 @@ def pooled_effects(
     "Average differences over seeds, with a variance that the methods of a setting share (ours; eq. 5)."
     over = list(over)
     groups = differences.groupby([*over, 'method'], sort=False)['diff']
-    table = groups.agg(diff='mean', seeds='count', squares=lambda d: d.var(ddof=0)*len(d)).reset_index()
+    table = groups.agg(diff='mean', seeds='count', squares=lambda d: d.var(ddof=0)*d.count()).reset_index()
     table['free'] = table.seeds-1
     def ratio(part): return part.squares/part.free.where(part.free>0)
     def sums(part): return part.join(table[over]).groupby(over)[['squares','free']].transform('sum')
     mine,rest = table[['squares','free']],sums(table[['squares','free']])-table[['squares','free']]
     apart = stats.f.sf(ratio(mine)/ratio(rest), mine.free, rest.free) < APART
     shared = sums(mine.mul(~apart, axis=0))
-    table['variance'] = ratio(mine).where(apart, ratio(shared))/table.seeds
+    variance = ratio(mine).where(apart, ratio(shared))/table.seeds
+    table['variance'] = variance.where(variance>0) # equal values say nothing of scatter
     table['half'] = stats.t.ppf(.975, mine.free.where(apart, shared.free))*table.variance**.5
     return table.drop(columns=['squares','free'])
 
@@ -69,7 +70,8 @@ def effects_over_settings(
     rows = {}
     for method,part in effects.dropna(subset=['diff','variance']).groupby('method', sort=False):
         rows[method] = random_effects(part['diff'], part.variance, level)
-    table = pd.DataFrame.from_dict(rows, orient='index').rename_axis('method')
+    columns = list(random_effects([], []))
+    table = pd.DataFrame.from_dict(rows, orient='index', columns=None if rows else columns).rename_axis('method')
     return table.sort_values('mean', ascending=False)
 
 # %% ../../nbs/experiments/effects.ipynb #13373f5c

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'REMEDY_FILE', 'REMEDY_DATA', 'schedule_of', 'Bfloat16', 'product_types', 'NoValidation',
-           'StopAtNaN', 'StopAtLoss', 'FreezeFirst', 'load_data', 'hold_out', 'loaders_of', 'QuickLearner',
-           'QuickCrossEntropy', 'make_learner', 'optimizer_of', 'callbacks_of', 'ScaledSchedule', 'step_seconds',
-           'faster_precision', 'evaluate', 'judge', 'measure_learner', 'commit', 'provenance', 'open_learner',
-           'outputs_for', 'loaders_for']
+           'StopAtNaN', 'StopAtLoss', 'FreezeFirst', 'ImagesChanged', 'load_data', 'hold_out', 'loaders_of',
+           'QuickLearner', 'QuickCrossEntropy', 'make_learner', 'optimizer_of', 'callbacks_of', 'ScaledSchedule',
+           'step_seconds', 'faster_precision', 'evaluate', 'judge', 'measure_learner', 'commit', 'provenance',
+           'open_learner', 'outputs_for', 'loaders_for']
 
 # %% ../../nbs/experiments/learner.ipynb #136af0cb
 import math, os, platform, statistics, subprocess, time, warnings
@@ -130,6 +130,9 @@ class FreezeFirst(Callback):
         self.learn.opt.freeze_to(-1 if self.epoch<self.epochs else 0)
 
 # %% ../../nbs/experiments/learner.ipynb #62a929a0
+class ImagesChanged(ValueError):
+    "A folder's images are others than those that a run began with (ours)."
+
 @lru_cache(maxsize=1)
 def _known_data(name, root, size, place):
     "A data set by name, kept for the next run of this process"
@@ -141,7 +144,8 @@ def load_data(
 )->ImageData: # the images and their labels
     "Load the data set or the folder of images of a run, one part held out as test images if it cross-validates (ours)."
     if run.images and folder_digest(run.data)!=run.images:
-        raise ValueError(f"data={run.data!r}: its images are not those that the run began with; give the command again")
+        raise ImagesChanged(f"data={run.data!r}: its images are not those that the run began with; "
+            "give the command again")
     if is_folder(run.data): data = load_dataset(run.data, root, size=run.size)
     else: data = _known_data(run.data, root, run.size, os.environ.get('PHANTOM_NB_DATA'))
     return hold_out(data, run.folds, run.seed) if run.folds else data
@@ -327,9 +331,9 @@ def measure_learner(
     if run.test or not run.n_valid: found |= judge(learn, dls.test) | judge_spoilt(learn.model, dls.test)
     seen = judge(learn, train)
     found |= {'train_'+k:v for k,v in seen.items() if k not in ('margins','confusion')} # rows stay small
-    for cb in learn.cbs.filter(risinstance(Regularizer)):
-        record = cb.to_frame()
-        if len(record): found |= dict(penalty=float(record.penalty.iloc[-1]), share=float(record.share.mean()))
+    records = [cb.to_frame() for cb in learn.cbs.filter(risinstance(Regularizer))]
+    felt = [(float(r.share.mean()), float(r.penalty.iloc[-1])) for r in records if len(r)]
+    if felt: found['share'],found['penalty'] = max(felt, key=lambda told: -1. if math.isnan(told[0]) else told[0])
     found |= network_quantities(learn.model, train, subclass=dls.train_ds.fine)
     return found | dict(n_train=len(dls.train_ds), source=dls.source)
 

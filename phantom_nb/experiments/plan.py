@@ -60,8 +60,8 @@ def comparison_runs(
 
 # %% ../../nbs/experiments/plan.ipynb #592573f0
 RESERVE = .35
-FAVOURITES = ['none','mixup','weight_decay','label_smoothing','dropout','half_mhe','phantom','comhe_random',
-    'targeted_sparsity']
+FAVOURITES = ['none','isda','phantom_margin','targeted_sparsity','mixup','half_mhe','label_smoothing','phantom',
+    'weight_decay'] # of each kind, those that gained most in the atlas first
 
 def seconds_for(
     n_methods:int, # methods, >= 1
@@ -203,7 +203,7 @@ def plan_comparison(
     if jobs>1: torch.set_num_threads(threads) # as the engines do
     try: step = step_seconds(replace(run, method='none', settings=()), root, device, steps=3)
     finally: torch.set_num_threads(before)
-    n = run.n_train or len(images.y_train)-run.n_valid
+    n = run.per_class*len(images.classes) if run.per_class else run.n_train or len(images.y_train)-run.n_valid
     epoch = step*math.ceil(n/run.bs)
     judging = step/3*(n+run.n_valid+len(images.y_test))/run.bs # forward passes alone cost about a third of a step
     usual = SIZES[run.data][1] if run.data in SIZES else 10 if run.pretrained else 30
@@ -316,6 +316,11 @@ def advise(
     done = df[df.status=='done']
     if not (done.method=='none').any(): return "No plain training is finished, so nothing can be compared yet."
     valid = done.pivot_table(index='seed', columns='method', values='valid_accuracy')
+    lost = [name for name,part in df.groupby('method') if len(part)>=seeds and name not in valid] # in every seed
+    if lost:
+        kept = None if methods is None else [m for m in methods if read_methods([m])[0][0] not in lost]
+        said = advise(df[~df.method.isin(lost)], folds, kept, seeds)
+        return f"{said} Not judged: {', '.join(lost)}, which failed or diverged in every run."
     if methods is not None: valid = valid.reindex(columns=[name for name,_ in read_methods(methods)])
     shared = valid.dropna()
     fewest = min(3, seeds)

@@ -174,16 +174,18 @@ def judge_spoilt(
     n:int=1000 # images at most
 )->dict: # `noise_accuracy` and `blur_accuracy` in [0,1]; empty without images
     "Measure accuracy on noisy and on blurred images (Hendrycks and Dietterich 2019)."
-    hits = dict[str,list](noise_accuracy=[], blur_accuracy=[])
-    seen = 0
+    hits,first = dict[str,list](noise_accuracy=[], blur_accuracy=[]),0
+    total = len(dl.dataset) if hasattr(dl, 'dataset') else sum(len(y) for _,y in dl)
+    chosen = set(range(total) if total<=n else torch.linspace(0, total-1, n).long().tolist())
     with evaluating(model) as network:
         for x,y in dl:
-            x,y = x[:n-seen],y[:n-seen]
-            spoilt = zip(hits, (add_noise(x, seed=seen), blur(x)))
-            for name,images in spoilt: hits[name].append((network(images).argmax(1)==y).sum())
-            seen += len(y)
-            if seen>=n: break
-    return {name:sum(torch.stack(values).tolist())/seen for name,values in hits.items() if seen}
+            mine = [i for i in range(len(y)) if first+i in chosen]
+            first += len(y)
+            if not mine: continue
+            noisy = torch.cat([add_noise(x[i:i+1], seed=first-len(y)+i) for i in mine])
+            for name,images in zip(hits, (noisy, blur(x[mine]))):
+                hits[name].append((network(images).argmax(1)==y[mine]).sum())
+    return {name:sum(torch.stack(values).tolist())/len(chosen) for name,values in hits.items() if chosen}
 
 def _short(value): return float(f'{value:.4g}') if math.isfinite(value) else None
 

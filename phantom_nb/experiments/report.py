@@ -555,8 +555,10 @@ def front_figure(
             ax.set_title(about['about'].replace(', ', ',\n'))
             ax.tick_params(left=False)
         for ax in axs.flat[len(drawn):]: ax.set_axis_off()
+        for ax in axs.flat[max(0, len(drawn)-ncols):len(drawn)]: ax.tick_params(labelbottom=True)
         axs[0,0].set(yticks=range(len(names)), yticklabels=names, ylim=(-.6, len(names)-.4))
-        fig.supxlabel('points added to test accuracy', fontsize='medium')
+        axis = 'points added to test accuracy (bars: 95 % interval; grey: less than half a point)'
+        fig.supxlabel(axis, fontsize='medium')
         if path is not None: fig.savefig(path, dpi=120, metadata={'Software':None})
     return axs
 

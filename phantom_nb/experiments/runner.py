@@ -83,7 +83,8 @@ def train_run(
 
 # %% ../../nbs/experiments/runner.ipynb #385f5f90
 _KEPT = dict(means='train_loss', layers='by_layer', measures='final') # what a trace of each kind holds
-_PASSING = 'FileNotFoundError','PermissionError','OSError','MemoryError','OutOfMemoryError'
+_PASSING = ('FileNotFoundError','PermissionError','OSError','ConnectionError','MemoryError','OutOfMemoryError',
+    'AcceleratorError','ImportError','ModuleNotFoundError','ImagesChanged')
 
 def _recorded(store, run, trace):
     "The recorded row of a run, if it holds what is asked for, and did not fail for reasons outside of the run"

@@ -93,7 +93,8 @@ def save_results(
 ):
     "Write runs to one file, sorted (ours)."
     order = ['experiment','data','n_train','method','seed','key']
-    write_rows(pd.DataFrame(rows).sort_values(order), path)
+    df = pd.DataFrame(rows)
+    write_rows(df.sort_values([name for name in order if name in df]), path)
 
 # %% ../../nbs/experiments/store.ipynb #a30f1cd0
 def _read_row(text):
@@ -146,10 +147,12 @@ def load_results(
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: give a folder of results or a .jsonl file")
     if path.is_file(): rows = read_lines(path)
     else:
-        files = {file:_read_row(_text(file)) for file in sorted(path.rglob('[!.]*.json'))}
+        def below(suffix): return [file for file in sorted(path.rglob(f'[!.]*.{suffix}'))
+            if not any(part.startswith('.') for part in file.relative_to(path).parts)] # unfinished work is hidden
+        files = {file:_read_row(_text(file)) for file in below('json')}
         _warn([f"{file} {wrong}" for file,(_,wrong) in files.items() if wrong])
         rows = [row for row,wrong in files.values() if not wrong]
-        for file in sorted(path.rglob('*.jsonl')): rows += read_lines(file)
+        for file in below('jsonl'): rows += read_lines(file)
     first = {row['key']:row for row in reversed(rows) if 'key' in row}
     return pd.DataFrame(list(first.values())[::-1], columns=None if first else [f.name for f in fields(Run)])
 

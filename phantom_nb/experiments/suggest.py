@@ -118,7 +118,7 @@ def suggest(
     lines = [*_caution(near, alike), "Nearest settings that were tried:"]
     lines += [f"  {name} ({table['settings'][name]['about']}), {far:.1f} steps away" for name,far in near]
     lines += [STEP, "", "Effect on test accuracy there, in points: mean (± half of its 95 % interval, of each alone); "
-        "in each (* shown there); is it shown to help over all?"]
+        "in each (* shown there, - not tried); is it shown to help over all?"]
     for effect in effects[:5]:
         known = table['methods'][effect.method]['effects']
         def one(name): return f"{known[name]['diff']:+z.1f}{'*' if name in effect.shown+effect.harms else ''}"

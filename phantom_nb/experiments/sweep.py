@@ -332,8 +332,7 @@ def run_sweep(
     "Run what is not recorded yet of an experiment, and return what is; after an interrupt or a refusal too (ours)."
     from phantom_nb.experiments.store import restore_rows
     folder = Path(folder)
-    if not (folder/'runs').exists():
-        for name in ('results','trials'): restore_rows(folder/f'{name}.jsonl', folder/'runs')
+    for name in ('results','trials'): restore_rows(folder/f'{name}.jsonl', folder/'runs')
     end = math.inf if time_budget is None else time.time()+time_budget
     try: rows,trials = _run_parts(sweep, folder, end, root, on_row, on_study, **kwargs)
     except (KeyboardInterrupt, ValueError): # with no time left, what is recorded is read and nothing is trained

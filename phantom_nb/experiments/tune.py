@@ -96,6 +96,7 @@ def mark_best(
     df = pd.DataFrame(rows)
     if not len(df): return df
     score = df.reindex(columns=['trial','valid_accuracy','valid_loss'])
+    if 'status' in df: score[['valid_accuracy','valid_loss']] = score.where(df.status=='done').iloc[:,1:]
     score = score.fillna(dict(valid_accuracy=0., valid_loss=math.inf)).groupby('trial').mean()
     best = score.sort_values(['valid_accuracy','valid_loss'], ascending=[False,True], kind='stable').index[0]
     return df.assign(chosen=(df.trial==best) & (len(score)==trials))
@@ -111,6 +112,9 @@ def tune_one(
     **kwargs # `root`, `device` and `threads` of `run_one`
 )->pd.DataFrame: # one row a training, those of the best trial `chosen`; fewer if the deadline came first
     "Search settings for a method on one data set, or go on with the search (Bergstra et al. 2011)."
+    if run.folds:
+        raise ValueError(f"folds={run.folds}: trials would learn from images that judge. Tune on a fixed test set, or "
+            "compare the settings under cross-validation (`compare`)")
     space,name,rows = search_space(run.method, lr),study_name(run, n_valid, lr, seeds),list[dict]()
     base = replace(run, experiment='tune', n_valid=n_valid, test=False)
     path = Path(store)/'studies'/f'{name}.log'
@@ -125,7 +129,8 @@ def tune_one(
             tried = [replace(with_values(base, values), seed=TRIAL_SEED+s) for s in range(seeds)]
             found = list(filter(None, [run_one(one, store, deadline=deadline, **kwargs) for one in tried]))
             if len(found)<seeds: break
-            if trial: study.tell(trial, sum(row.get('valid_accuracy') or 0. for row in found)/seeds)
+            done_well = [row for row in found if row['status']=='done']
+            if trial: study.tell(trial, sum(row.get('valid_accuracy') or 0. for row in done_well)/seeds)
             rows += [dict(row, trial=i, study=name, space=space) for row in found]
     return mark_best(rows, trials)
 

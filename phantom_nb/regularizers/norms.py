@@ -6,7 +6,9 @@
 __all__ = ['NORMALISATIONS', 'weight_norm', 'project_norm', 'NormalizeAndProject']
 
 # %% ../../nbs/regularizers/norms.ipynb #6dba6420
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +46,22 @@ def project_norm(
 # %% ../../nbs/regularizers/norms.ipynb #89601006
 NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
+def _readers(loss):
+    "How many nodes of a loss's autograd graph read each node"
+    counts,left = dict[Any,int](),[loss.grad_fn] if loss is not None and loss.grad_fn is not None else []
+    while left:
+        for node,_ in left.pop().next_functions:
+            if node is None: continue
+            if node not in counts: left.append(node)
+            counts[node] = counts.get(node, 0)+1
+    return counts
+
 class NormalizeAndProject(Regularizer):
     "Bring weights in front of a normalisation back to their first length after each step (Lyle 2024)."
     kind = 'projection'
     by_hand = "call project_norm(layer, normalisation, norm) after opt.step() yourself"
     _growth:float|Tensor
+    _nodes:dict # name -> node of the autograd graph that made the output, until its readers are counted
     def __init__(self,
         lam:float|Callable=1., # in [0,1]: 1 projects in full, 0 does nothing; or an annealer
         every:int=1, # steps from one projection to the next, >= 1
@@ -81,7 +94,7 @@ class NormalizeAndProject(Regularizer):
             if hasattr(module, 'parametrizations'):
                 raise ValueError(f"layer {name!r} is parametrized: its weight is computed anew each time, "
                     "leave it out by layers=...")
-        self.pairs = {}
+        self.pairs,self._nodes = {},{}
         for name,module in self.selected.items(): self.norms.setdefault(name, weight_norm(module))
 
     def open(self):
@@ -95,6 +108,7 @@ class NormalizeAndProject(Regularizer):
             if isinstance(call.module, NORMALISATIONS) and id(call.x) in outputs:
                 name = outputs[id(call.x)][0]
                 self.pairs[name] = (self.selected[name], call.module)
+                self._nodes[name] = call.x.grad_fn
         normalisations = {name:m for name,m in self.model.named_modules() if isinstance(m, NORMALISATIONS)}
         self._hooks = catch(self.model, {**self.selected, **normalisations}, before=enter, after=leave)
         self._hooks.__enter__()
@@ -103,7 +117,18 @@ class NormalizeAndProject(Regularizer):
         if self._hooks: self._hooks.__exit__(None, None, None)
         self._hooks = None
 
-    def penalty(self): return torch.as_tensor(self._growth, dtype=torch.float32)
+    def penalty(self):
+        if self._nodes: self._leave_out_shared()
+        return torch.as_tensor(self._growth, dtype=torch.float32)
+
+    def _leave_out_shared(self):
+        "Leave out layers whose output something besides the normalisation reads, such as a residual branch"
+        readers = _readers(self.learn.loss)
+        shared = [name for name,node in self._nodes.items() if readers.get(node, 1)>1]
+        for name in shared: del self.pairs[name]
+        self._nodes = {}
+        words = "not only the normalisation reads what comes out of it, so its length matters"
+        if shared: warnings.warn(f"NormalizeAndProject leaves out {', '.join(shared)}: {words}", stacklevel=3)
 
     def after_step(self):
         if self.is_due() and not self.pairs:

@@ -66,7 +66,8 @@ def top_vectors(
         v = unit(v.flatten()).view_as(v).requires_grad_()
         with torch.enable_grad(): out = _linear(module, v)
         u = unit(out.detach().flatten()).view_as(out)
-        v, = torch.autograd.grad(out, v, u)
+        product, = torch.autograd.grad(out, v, u)
+        v = torch.where(product.any(), product, v.detach()) # a layer of zeros leaves the direction as it is
     return u, unit(v.flatten()).view_as(v)
 
 def spectral_norm(
