@@ -20,7 +20,7 @@ endef
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-compare: $(VENV)/.runtime ## Compare every method on the embedded data; options: make compare ARGS="--help"
+compare: $(VENV)/.runtime ## Compare methods on the embedded data; options: make compare ARGS="--help"
 	@phantom_nb compare $(ARGS)
 
 gpu: $(VENV)/.runtime ## Run what waits for a GPU, in pieces that resume; says so where there is none

@@ -689,7 +689,7 @@ def suggest(classes:Classes=None, per_class:PerClass=None, data:Counted=None, pr
 # %% ../nbs/cli.ipynb #ef690608
 Page = Annotated[Path|None, _option("The page (.html); a picture (.png) is written beside it. "
     "Default: LEARNER.html beside the learner.")]
-Trained = Annotated[int|None, _option("Images that it was trained on. Default: as many as the learner says it was.")]
+Trained = Annotated[int|None, _option("Images that it was trained on. Default: what the learner says.")]
 
 @app.command()
 def report(learner:Saved, data:Seen=None, n_train:Trained=None, size:Size=None, out:Page=None, root:Root=None):
