@@ -614,7 +614,7 @@ def _learner_loaders(learn, data, n, root, size):
     from phantom_nb.experiments.learner import loaders_for
     try: return loaders_for(learn, data or 'digits', n, root, size)
     except ValueError as e:
-        if data is None: raise ValueError(f"--data is missing, and digits do not fit: {e}") from e
+        if data is None and n is None: raise ValueError(f"--data is missing, and digits do not fit: {e}") from e
         raise
 
 MEASURES_TOLD = [

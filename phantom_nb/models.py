@@ -338,7 +338,7 @@ def create_model(
     _check_options(name, options)
     if pretrained and not is_foreign(name):
         raise ValueError(f"{name} has no pretrained weights: use timm:NAME or torchvision:NAME, or weights=FILE")
-    if norm!='batch' and (pretrained or weights):
+    if norm!='batch' and (pretrained or weights and is_foreign(name)):
         raise ValueError(f"norm={norm!r}: trained weights need the normalization that they were trained with")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None: torch.default_generator.manual_seed(seed)

@@ -82,6 +82,7 @@ class attach:
                 raise ValueError(f"{name} acts behind the optimizer's step: {reg.by_hand}")
         self.model = model
         self.total = total
+        self._last = 0 # steps of the loop that was closed
         # A second pass comes last, as in a `Learner`
         self.regularizers = sorted(regularizers, key=lambda reg: reg.order)
         self._loop = None
@@ -112,6 +113,7 @@ class attach:
             reg.close()
             reg.records = [tuple(v.item() if isinstance(v, Tensor) else v for v in row) for row in reg.records]
             if reg.learn is self._loop: reg.learn = None
+        if self._loop: self._last = self._loop.train_iter
         self._loop = None
 
     def _watching(self): # the loop, in a forward pass that counts
@@ -165,7 +167,7 @@ class attach:
     def state_dict(self)->dict: # a state a regularizer, by position and class
         "Give what a resumed loop needs: projections, generators, counts of steps."
         states = {f'{i}.{type(reg).__name__}':reg.state_dict() for i,reg in enumerate(self.regularizers)}
-        return dict(step=self._loop.train_iter if self._loop else 0, regularizers=states)
+        return dict(step=self._loop.train_iter if self._loop else self._last, regularizers=states)
 
     def load_state_dict(self,
         state:dict # as `state_dict` gave, for the same regularizers in the same order

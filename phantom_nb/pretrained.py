@@ -116,7 +116,7 @@ def load_weights(
     said = [f"{len(names)} {what}: {_some(names)}" for what,names in (('missing', missing), ('unknown', unknown),
         ('of another shape', sorted(other))) if names]
     if said: raise ValueError(f"{source} don't fit {type(model).__name__} ({'; '.join(said)}). "
-        "Were they saved from this network, with the same width and depth?")
+        "Were they saved from this network, with the same width, depth and normalization?")
     model.load_state_dict(state, strict=False)
     if new_head: start_small(model)
     return model

@@ -1,15 +1,16 @@
 "The page on a comparison: what was felt, what was moved, what stands on sound ground"
 import json, re
-import numpy as np, pandas as pd, pytest
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from phantom_nb import cli
 from phantom_nb.cli import app
 from phantom_nb.experiments.report import show_comparison
+from phantom_nb.experiments.stats import comparison
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.store import write_row
-from phantom_nb.experiments.comparison_page import comparison_html, judge_comparison, label_heights, moved_quantities, save_comparison
+from phantom_nb.experiments.comparison_page import comparison_html, draw_times, judge_comparison, label_heights, moved_quantities, save_comparison
 
 def rows(seeds=5, train=1., share=.1, **more):
     "Plain training and a penalty that halves the calibration error and nothing else."
@@ -124,3 +125,12 @@ def test_rows_from_before_images_were_named(tmp_path, capsys):
         file.write_text(json.dumps({k:v for k,v in row.items() if k not in ('images', 'digest')}))
     code,out = compare()
     assert code==0 and 'other images' not in out and '2 of 2 runs are recorded already' in out
+
+def test_a_method_without_a_shared_seed_has_no_place_among_gains():
+    def rows(name, accuracy, seeds): return [dict(data='digits', n_train=200, model='small_cnn', method=name, settings={}, seed=i, status='done', accuracy=accuracy+.001*i, seconds=1.,
+        train_accuracy=1.) for i in seeds]
+    df = pd.DataFrame(rows('none', .8, range(5))+rows('a', .85, range(5))+rows('b', .6, range(10, 15)))
+    ax = plt.subplots()[1]
+    draw_times(ax, comparison(df))
+    assert {text.get_text() for text in ax.texts}=={'none','a'}
+    plt.close('all')

@@ -2,6 +2,7 @@
 import copy, gzip, multiprocessing, os, pickle, random, struct, warnings
 os.environ.setdefault('MPLBACKEND', 'agg')
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pytest, torch, torchvision
@@ -703,6 +704,7 @@ def test_no_validation_images(digits):
 
 def test_pictures(digits):
     import matplotlib.pyplot as plt
+    plt.style.use('default') # a command that ran in this process has its own
     dls = get_dls(digits, 100, augment=Augment(2, True))
     learn = learner(dls)
     dls.show_batch(max_n=4)
@@ -802,3 +804,12 @@ def test_no_class_is_lost_in_a_long_tail():
     y = torch.arange(40)%4
     kept = y[long_tail(y, 1000.)]
     assert kept.bincount().tolist()==[10,1,1,1]
+
+def test_validation_images_of_its_own_are_mixed():
+    "As folders lie, class by class, a look at a few batches would see one class"
+    data = load_dataset('digits')
+    order = data.y_test.argsort(stable=True)
+    dls = get_dls(replace(data, x_valid=data.x_test[order], y_valid=data.y_test[order]), n_train=40, bs=10, device='cpu')
+    first = next(iter(dls.valid))[1]
+    assert len(dls.valid_ds)==len(order) and len(first.unique())>3
+    assert torch.cat([y for _,y in dls.valid]).bincount().equal(data.y_test.bincount())

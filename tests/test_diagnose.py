@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 from phantom_nb.cli import app
+from phantom_nb.data import get_dls
 from phantom_nb.experiments.diagnose import BANDS, BY_LAYER, DEPTHS, LEVELS, QUANTITIES, best_temperature, diagnose, judge_network, load_bands
 from phantom_nb.experiments.diagnose import confused_pairs, layer_bands, layer_depths, percentile_in, reference_bands
 from phantom_nb.experiments.diagnosis_page import diagnosis_html, panels_of, save_diagnosis
@@ -90,7 +91,7 @@ def test_a_report_counts_the_images_that_trained(tmp_path):
     from phantom_nb.experiments.learner import loaders_for
     opened = saved_again(make_learner(Run(model='small_cnn', n_train=60, n_valid=50), device='cpu'), tmp_path/'learner.pkl')
     assert loaders_for(opened, 'digits').train_ds.n_pool==60==len(loaders_for(opened, 'digits').train_ds)
-    with pytest.raises(ValueError, match=re.escape('--n 61: give 10 (one a class) to 60 images')): loaders_for(opened, 'digits', 61)
+    with pytest.raises(ValueError, match=re.escape('61 training images: give 10 (one a class) to 60')): loaders_for(opened, 'digits', 61)
     out = CliRunner().invoke(app, ['report', str(tmp_path/'learner.pkl'), '--data', 'digits']).output
     assert '60 training images' in (tmp_path/'learner.html').read_text(encoding='utf-8'), out
 
@@ -296,3 +297,8 @@ def test_networks_and_labels_that_cannot_be_judged_are_told():
     with pytest.raises(ValueError, match='class 13'): diagnose(learn.model, batches, batches)
     with torch.no_grad(): next(learn.model.parameters()).fill_(math.nan)
     with pytest.raises(ValueError, match='not finite: its training diverged'): diagnose(learn)
+
+def test_curves_without_a_validation_loss_say_nothing_of_it():
+    curves = pd.DataFrame(dict(train_loss=[1.,.5,.4,.3,.2,.1]))
+    net,data = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10)),get_dls('digits', n_train=40, n_valid=40, device='cpu')
+    assert 'validation loss' not in str(diagnose(net, data.train, data.valid, curves=curves))

@@ -1,11 +1,12 @@
 "The monitor and the report on learners of all kinds: nothing of the training changes, wrong input is refused; the command"
 import fastai.callback.schedule # chkstyle: ignore
+import math
 import matplotlib.pyplot, numpy as np, pytest, torch
 from fastai.basics import Callback, DataLoaders, Learner, MSELossFlat, Transform
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import Datasets
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from phantom_nb.data import available, get_dls
 from phantom_nb.measures.intraclass import IntraclassMonitor, capture, intraclass_report, sample_batches, variance_ratio
@@ -202,3 +203,25 @@ def test_a_network_that_breaks_ends_no_fit():
     with pytest.warns(UserWarning, match='epoch 2 is not measured'): learn.fit(3, 1e-2, cbs=Callback(after_train=spoil))
     df = learn.intraclass_monitor.to_frame()
     assert df.epoch.tolist()==[0, 1, 2, 3] and df.c3.notna().tolist()==[True, True, False, False]
+
+def test_a_search_that_was_interrupted_leaves_the_next_fit_alone():
+    class Stop(Callback):
+        def before_batch(self):
+            if hasattr(self.learn, 'lr_finder'): raise KeyboardInterrupt
+    mon = IntraclassMonitor(n=40)
+    learn = Learner(get_dls('digits', n_train=60, n_valid=20, bs=20, device='cpu'), create_model('small_cnn', size=8), cbs=[mon, Stop()])
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.lr_find(show_plot=False)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert [row['epoch'] for row in mon.rows]==[0,1]
+
+def test_noisy_superclasses_have_no_subclasses():
+    mon = IntraclassMonitor(n=40)
+    learn = Learner(get_dls('digits', n_train=60, n_valid=20, bs=20, device='cpu', coarse=True, label_noise=.2), create_model('small_cnn', n_out=2, size=8), cbs=mon)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    last = mon.rows[-1]
+    assert math.isfinite(last['c3']) and math.isfinite(last['c4']) and not any(math.isfinite(last.get(name, math.nan)) for name in ('c1','c2'))
+
+def test_a_part_of_a_data_set_is_sampled_from_that_part():
+    data = TensorDataset(torch.arange(60.)[:,None], torch.arange(60)%3)
+    batches,idx = sample_batches(DataLoader(data, 8, sampler=SubsetRandomSampler(range(40, 60))), 30)
+    assert idx.tolist()==list(range(40, 60)) and torch.cat([x for x,_ in batches]).flatten().tolist()==idx.tolist()

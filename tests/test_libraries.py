@@ -1,11 +1,15 @@
 "Adapters of other libraries, and all pairs of methods"
+from functools import partial
 import pytest, torch
+from fastai.basics import Callback
 
+from phantom_nb.experiments.checkpoint import Checkpoint
 from phantom_nb.experiments.learner import make_learner
 from phantom_nb.experiments.libraries import AugmentImages, SpatialDropout, StochasticDepth
 from phantom_nb.experiments.methods import make_method
 from phantom_nb.experiments.pairs import FAMILIES, pair_outcome
 from phantom_nb.experiments.run import Run
+from phantom_nb.experiments.runner import run_one
 
 RUN = Run(n_train=32, bs=16, epochs=1, model='resnet9', width=.125)
 
@@ -48,3 +52,31 @@ def test_pairs_work_or_are_refused(first):
     outcomes = {second:pair_outcome(first, second) for second in FAMILIES if second!=first}
     assert {outcome for outcome,_ in outcomes.values()} <= {'works','refused'}, outcomes
     assert all(len(why)>20 for outcome,why in outcomes.values() if outcome=='refused')
+
+def test_an_average_is_put_in_where_training_reached_its_loss():
+    nets = {}
+    for name in ('none','ema'):
+        learn = make_learner(Run(method=name, n_train=100, epochs=12, stop_loss=1.), device='cpu')
+        learn.fit(12)
+        assert learn.epoch<11
+        nets[name] = learn.model.state_dict()
+    assert not all(a.equal(b) for a,b in zip(nets['none'].values(), nets['ema'].values()))
+
+def test_a_run_that_was_stopped_while_it_was_judged_is_taken_up(tmp_path, monkeypatch):
+    from phantom_nb.experiments import runner
+    run,judge = Run(method='ema', n_train=48, bs=16, epochs=2),runner.measure_learner
+    monkeypatch.setattr(runner, 'Checkpoint', partial(Checkpoint, interval=0))
+    def stop(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(runner, 'measure_learner', stop)
+    with pytest.raises(KeyboardInterrupt): run_one(run, tmp_path, device='cpu')
+    monkeypatch.setattr(runner, 'measure_learner', judge)
+    row = run_one(run, tmp_path, device='cpu')
+    assert row['status']=='done' and row['accuracy']==run_one(run, tmp_path/'new', device='cpu')['accuracy']
+
+def test_an_interrupted_fit_leaves_one_policy():
+    learn = make_learner(Run(method='trivial_augment', n_train=100, epochs=2), device='cpu')
+    def stop(cb): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Callback(after_step=stop))
+    seen = []
+    learn.fit(1, cbs=Callback(before_train=lambda cb: seen.append(cb.dls.train.augment)))
+    assert seen[0].first is None and learn.dls.train.augment is None

@@ -246,4 +246,10 @@ def test_normalization_is_refused_where_it_cannot_be_replaced(tmp_path):
     with pytest.raises(ValueError, match='no batch normalization'): create_model('plain_cnn', norm='layer')
     with pytest.raises(ValueError, match="norm='instance'"): create_model('resnet9', norm='instance')
     torch.save(create_model('small_cnn').state_dict(), tmp_path/'w.pt')
-    with pytest.raises(ValueError, match='trained weights need'): create_model('small_cnn', norm='layer', weights=tmp_path/'w.pt')
+    with pytest.raises(ValueError, match="don't fit"): create_model('small_cnn', norm='layer', weights=tmp_path/'w.pt')
+
+def test_a_network_of_ones_own_takes_its_weights_back_with_any_normalization(tmp_path):
+    net = create_model('small_cnn', size=8, norm='group', seed=0)
+    torch.save(net.state_dict(), tmp_path/'net.pth')
+    same = create_model('small_cnn', size=8, norm='group', weights=tmp_path/'net.pth', seed=1)
+    assert all(a.equal(b) for a,b in zip(net.state_dict().values(), same.state_dict().values()))

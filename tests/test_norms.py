@@ -1,5 +1,5 @@
 "Normalize-and-project: lengths stay, functions too"
-import copy
+import copy, warnings
 import pytest, torch
 from fastai.basics import Learner, SGD
 from fastai.callback.training import GradientAccumulation
@@ -125,3 +125,11 @@ def test_a_layer_that_a_residual_branch_reads_is_left_out():
 def test_a_chain_is_left_as_it_is(recwarn):
     assert set(fit(NormalizeAndProject()).normalize_and_project.pairs)=={'0','4'}
     assert not [w for w in recwarn if 'leaves out' in str(w.message)]
+
+@pytest.mark.parametrize('make', [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_old_parametrizations_are_refused_too(make):
+    model = network()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)
+        make(model[0])
+    with pytest.raises(ValueError, match="'0' is parametrized"): fit(NormalizeAndProject(), model=model)

@@ -313,3 +313,16 @@ def test_a_regularizer_is_in_one_place():
         Learner(digits(), b, cbs=reg)
         with pytest.raises(ValueError, match='in use elsewhere'): penalty()
     with attach(b, reg) as penalty: assert penalty().requires_grad
+
+def test_the_state_after_the_block_knows_how_far_it_came():
+    model,reg = nn.Linear(4, 3),L2Penalty(SchedLin(0., 1.))
+    def steps(penalty, n):
+        for _ in range(n): (cross_entropy(model(torch.randn(6, 4)), torch.arange(6)%3)+penalty()).backward()
+    with attach(model, reg, total=40) as penalty: steps(penalty, 20)
+    state = penalty.state_dict()
+    assert state['step']==20
+    again = L2Penalty(SchedLin(0., 1.))
+    with attach(model, again, total=40) as penalty:
+        penalty.load_state_dict(state)
+        steps(penalty, 1)
+    assert again.records[-1][2]==pytest.approx(.5)

@@ -1,18 +1,20 @@
 "Specifications, the store, and comparisons that fail, are interrupted, or share a folder"
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time, warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import Learner, load_learner
+from PIL import Image
 from torch import nn
 
 from phantom_nb import cli
-from phantom_nb.data import AUGMENTATIONS
+from phantom_nb.data import AUGMENTATIONS, channel_stats, get_dls, load_dataset
 from phantom_nb.experiments import learner, run as run_module, runner
 from phantom_nb.experiments.bench import BENCHES
 from phantom_nb.experiments.checkpoint import Checkpoint
 from phantom_nb.experiments.engines import ENGINES
-from phantom_nb.experiments.learner import SCHEDULES, OPTIMIZERS, evaluate, hold_out, make_learner, product_types
+from phantom_nb.experiments.learner import SCHEDULES, OPTIMIZERS, evaluate, hold_out, loaders_for, make_learner, product_types
 from phantom_nb.experiments.methods import METHODS, make_method
 from phantom_nb.experiments.runner import Run, load_results, name_images, run_many, run_one, settle_precision, train_run
 from phantom_nb.experiments.store import recorded_row, run_file, save_results, write_atomic, write_row
@@ -445,3 +447,39 @@ def test_what_was_missing_outside_is_tried_again(tmp_path):
 def test_two_methods_tell_of_the_one_that_is_felt_most():
     alone,both = (runner.train_run(Run(n_train=40, epochs=1, method=name), device='cpu') for name in ('half_mhe','half_mhe+ema'))
     assert both['share']==pytest.approx(alone['share']) and alone['share']>0 and both['penalty']==pytest.approx(alone['penalty'])
+
+def test_a_learner_of_the_engine_judges_and_predicts(tmp_path):
+    "Validation is left out behind training alone; on a loaded file, too"
+    learn = make_learner(Run(n_train=48, n_valid=20, bs=16, epochs=1), device='cpu')
+    learn.fit(1)
+    assert learn.get_preds(ds_idx=1)[0].shape==(20,10)
+    image = learn.dls.train_ds[0][0]
+    learn.export(tmp_path/'a.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loaded = load_learner(tmp_path/'a.pkl')
+    assert len(loaded.predict(image)[2])==10 and loaded.predict(image)[0]==learn.predict(image)[0]
+
+def test_steps_are_timed_with_all_layers(monkeypatch):
+    seen = []
+    make = make_learner
+    monkeypatch.setattr(learner, 'make_learner', lambda run, *args: seen.append(run.frozen) or make(run, *args))
+    learner.step_seconds(Run(n_train=40, epochs=3, frozen=1, body_lr=.3), device='cpu', steps=2)
+    assert seen==[0]
+
+def test_what_is_held_out_shapes_no_normalisation():
+    data = load_dataset('digits')
+    held = hold_out(replace(data, mean=torch.tensor([.9]), std=torch.tensor([.1])), 5, 0)
+    mean,std = channel_stats(held.x_train)
+    assert held.mean.allclose(mean) and held.std.allclose(std)
+
+def test_uneven_classes_are_loaded_whole(tmp_path):
+    "A learner of a large and a small class"
+    rng = np.random.default_rng(0)
+    for name,n in (('a', 1400), ('b', 8)):
+        (tmp_path/'train'/name).mkdir(parents=True)
+        for i in range(n): Image.fromarray(rng.integers(0, 255, (4,4,3), dtype='uint8')).save(tmp_path/'train'/name/f'{i}.png')
+    dls = get_dls(tmp_path, n_valid=0, bs=16, size=4, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(48, 2)))
+    found = loaders_for(learn, str(tmp_path))
+    assert len(found.train_ds)==len(dls.train_ds)>1000

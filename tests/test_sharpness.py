@@ -287,3 +287,13 @@ def test_norms_leave_the_network_alone():
     before = snapshot(net)
     norm_measures(net, batches)
     unchanged(net, before)
+
+def test_the_spectral_norm_of_groups_is_that_of_the_dense_matrix():
+    torch.manual_seed(0)
+    grouped = nn.Sequential(nn.Conv2d(8, 8, 1, groups=4, bias=False), nn.Flatten(), nn.Linear(8, 3))
+    dense = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.Flatten(), nn.Linear(8, 3))
+    dense[0].weight.data = torch.block_diag(*grouped[0].weight.data.flatten(1).view(4, 2, 2))[:,:,None,None]
+    dense[2].load_state_dict(grouped[2].state_dict())
+    batches = [(torch.randn(20, 8, 1, 1), torch.randint(3, (20,)))]
+    a,b = norm_measures(grouped, batches),norm_measures(dense, batches)
+    assert a.spectral==pytest.approx(b.spectral, rel=1e-5) and a.param_norm==pytest.approx(b.param_norm, rel=1e-5)

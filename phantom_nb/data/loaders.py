@@ -251,7 +251,8 @@ def _sized(data, root, size)->ImageData:
 def _validation(data, n_valid, seed):
     "A data set's own validation split, or `n_valid` images of it"
     x,y = data.x_valid,data.y_valid
-    kept = slice(None) if n_valid is None else split_pool(y, n_valid, 0, seed)[0]
+    mixed = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)) # for what looks at a few batches
+    kept = mixed if n_valid is None else split_pool(y, n_valid, 0, seed)[0]
     return ImageSet(x[kept], y[kept], data)
 
 def _fewest(y):

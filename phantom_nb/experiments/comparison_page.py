@@ -154,7 +154,9 @@ def draw_times(
 ):
     "Draw what a method brings against what it costs (ours)."
     unit,one = unit_of(table),table.seconds.get(about(table)['baseline'], np.nan)
-    table = table[(table.seconds/one).notna()].sort_values('diff', na_position='first')
+    baseline = table.index==about(table)['baseline'] # others without a shared seed have no difference
+    told = (table.seconds/one).notna() & (baseline | table['diff'].notna())
+    table = table[told].sort_values('diff', na_position='first')
     if table.empty: # times were not recorded
         ax.set_axis_off()
         return

@@ -451,7 +451,8 @@ def _around(loss, onset):
 
 def _curved(d):
     "When did over-fitting begin?"
-    if len(d.curves)<5 or not np.isfinite(np.asarray(d.curves.valid_loss, float)).any(): return None
+    if len(d.curves)<5 or 'valid_loss' not in d.curves: return None
+    if not np.isfinite(np.asarray(d.curves.valid_loss, float)).any(): return None
     loss,onset = d.curves.valid_loss.astype(float).to_numpy(),onset_of(d)
     if onset is None: return Finding('well', f"The validation loss did not rise for good in {len(loss)} epochs.")
     lowest,end = _around(loss, onset)

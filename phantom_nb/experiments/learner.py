@@ -30,7 +30,7 @@ from torch.nn import functional as F
 import phantom_nb
 from ..core import Regularizer, TrainingCallback
 from ..hooks import evaluating
-from ..data import ImageData, ImageLoaders, get_dls, is_folder, load_dataset
+from ..data import ImageData, ImageLoaders, channel_stats, get_dls, is_folder, load_dataset
 from ..data.images import LAST_FIFTH, folder_digest
 from ..data.loaders import ImageSet
 from .methods import Pieces, make_method
@@ -91,8 +91,12 @@ def product_types(
 
 # %% ../../nbs/experiments/learner.ipynb #62e77ed8
 class NoValidation(Callback):
-    "Leave out the pass over the validation images after every epoch (ours)."
-    def before_validate(self): raise CancelValidException()
+    "Leave out the pass over the validation images that follows every epoch of training (ours)."
+    _follows = False # a training pass
+    def after_train(self): self._follows = True
+    def before_validate(self):
+        follows,self._follows = self._follows,False # `validate` and `predict` go on as ever
+        if follows: raise CancelValidException()
 
 class StopAtNaN(Callback):
     "End training after an epoch whose last loss is not finite (ours)."
@@ -116,10 +120,12 @@ class StopAtLoss(Callback):
         self.n += len(self.y)
     def after_epoch(self):
         self.reached = bool(self.n) and float(self.total)/self.n < self.below
-        if self.reached: raise CancelFitException()
+        if not self.reached: return
+        self.learn.pct_train = 1. # for what waits for the end of training
+        raise CancelFitException()
 
 class FreezeFirst(Callback):
-    "Train the last parameter group alone for some epochs, then all (Howard and Ruder 2018)."
+    "Train the last parameter group and the body's normalisations for some epochs, then all (Howard and Ruder 2018)."
     order = 5
     def __init__(self,
         epochs:int # epochs at first in which the head alone is trained
@@ -163,7 +169,9 @@ def hold_out(
     part[order] = torch.arange(len(order))%folds
     held = part==seed%folds
     source = data.source.replace(LAST_FIFTH, f"one of {folds} parts is the test set")
-    return replace(data, x_train=x[~held], y_train=y[~held], x_test=x[held], y_test=y[held], source=source)
+    mean,std = channel_stats(x[~held]) # what is held out shapes nothing
+    return replace(data, x_train=x[~held], y_train=y[~held], x_test=x[held], y_test=y[held], source=source, mean=mean,
+        std=std)
 
 # %% ../../nbs/experiments/learner.ipynb #ef03eee8
 def loaders_of(
@@ -268,7 +276,7 @@ def step_seconds(
     steps:int=5 # steps timed, after two that are not, >= 1
 )->float: # median seconds of a training step
     "Time steps of a run's training, loading and augmentation included (ours)."
-    times,learn = [],make_learner(run, root, device)
+    times,learn = [],make_learner(replace(run, frozen=0), root, device) # steps of all layers
     def tick(cb):
         if cb.dls.device.type=='cuda': torch.cuda.synchronize()
         times.append(time.perf_counter())
@@ -448,8 +456,8 @@ def loaders_for(
         _check_classes(own, images, coarse)
         images = _trained_images(own, images)
     n_all,counts = len(images.x_train),images.y_train.bincount()
-    if n is None: n = n_all if n_all<=1000 else min(1000, len(counts)*int(counts.min()))
-    if not kinds[0]<=n<=n_all: raise ValueError(f"--n {n}: give {kinds[0]} (one a class) to {n_all} images")
+    if n is None: n = 1000 if min(n_all, len(counts)*int(counts.min()))>1000 else n_all # uneven classes: all images
+    if not kinds[0]<=n<=n_all: raise ValueError(f"{n} training images: give {kinds[0]} (one a class) to {n_all}")
     n_valid = 0 if images.x_valid is None else None
     stats = None if own is None else (own.mean, own.std)
     return get_dls(images, None if n==n_all else n, n_valid, coarse=coarse, stats=stats, device='cpu')

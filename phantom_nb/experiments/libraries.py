@@ -49,6 +49,7 @@ class AugmentImages(Callback):
     def before_fit(self):
         self.loader = self.dls.train
         self.before = self.loader.augment
+        if isinstance(self.before, _Policy): self.before = self.before.first # of a fit that was interrupted
         if self.before is not None and not hasattr(self.before, 'draw'):
             raise ValueError(f"augment={self.before!r} changes floating-point batches, and torchvision's policies "
                 "need bytes: use augment='crop' or 'none'")
@@ -145,8 +146,8 @@ class EMA(Regularizer):
         finding_rate = self._before_lr_find is not None
         super().after_fit()
         # a fit that was stopped may go on: it keeps its weights
-        complete = self.pct_train>1-.5/(self.n_epoch*self.n_iter)
-        if complete and not finding_rate and self.average is not None: self.put_in()
+        complete = self.average is not None and self.pct_train>1-.5/(self.n_epoch*self.n_iter)
+        if complete and not finding_rate: self.put_in()
         self.average = None
 
     def put_in(self)->None:

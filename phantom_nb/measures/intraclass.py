@@ -51,7 +51,9 @@ def sample_batches(
 )->tuple: # list of (inputs, labels (B,) int64), and (n,) indices into the data set
     "Draw a fixed sample of a loader's data, unaugmented; ValueError for labels that are no classes (ours)."
     n = whole('n', n, at_least=2, what="a whole number of samples")
-    idx = np.sort(np.random.default_rng(seed).permutation(len(dl.dataset))[:n])
+    pool = np.arange(len(dl.dataset))
+    if not hasattr(dl, 'get_idxs'): pool = np.asarray(getattr(dl.sampler, 'indices', pool)) # a part of the data set
+    idx = np.sort(pool[np.random.default_rng(seed).permutation(len(pool))[:n]])
     with no_random(), _no_augmentation(dl.dataset):
         if hasattr(dl, 'get_idxs'): # fastai's
             dl = dl.new(shuffle=False, drop_last=False, num_workers=0)
@@ -64,8 +66,8 @@ def sample_batches(
 # %% ../../nbs/measures/intraclass.ipynb #be0341d3
 def _subclass(subclass, dataset, idx):
     "Subclasses of the sample, or None"
-    if subclass is None: subclass = getattr(dataset, 'fine', None)
-    if subclass is None: return None
+    if subclass is None and getattr(dataset, 'clean', None) is None: subclass = getattr(dataset, 'fine', None)
+    if subclass is None: return None # also where superclasses are noisy: a class lies in several
     subclass = subclass if isinstance(subclass, Tensor) else torch.as_tensor(np.asarray(subclass))
     if len(subclass)!=len(dataset): raise ValueError(f"subclass has {len(subclass)} labels for {len(dataset)} training "
         "samples: give one a sample of the training set, in its order")
@@ -103,7 +105,7 @@ class IntraclassMonitor(TrainingCallback):
 
     def __init__(self,
         n:int=1000, # samples, >= 2
-        every:int=1, # epochs from one measurement to the next, >= 1; the last epoch always counts
+        every:int=1, # epochs from one measurement to the next, >= 1; the last one that was planned always counts
         subclass:Tensor|None=None, # (training samples,) subclasses; None for those of the data set, else c3 and c4 only
         layers:type|str|Callable|list|None=None, # as for `capture`; None for all
         interpolate:bool=False, # c0 as well? it needs subclasses and 18 predictions a sample
@@ -125,8 +127,8 @@ class IntraclassMonitor(TrainingCallback):
         self._sample = None
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder')
-        if not self.run: return
+        self._on = not hasattr(self.learn, 'lr_finder') # fastai's `run` would stay off after an interrupted search
+        if not self._on: return
         loader = self.dls.train
         batches,idx = sample_batches(loader, self.n, self.seed)
         self.labels = torch.cat([y for _,y in batches]).cpu()
@@ -140,7 +142,7 @@ class IntraclassMonitor(TrainingCallback):
 
     def before_train(self):
         super().before_train()
-        if not self.rows: self.measure(self.epoch) # a fit that goes on begins here
+        if self._on and not self.rows: self.measure(self.epoch) # a fit that goes on begins here
 
     def after_batch(self): self._trained = self._trained or self.training
 
@@ -163,7 +165,7 @@ class IntraclassMonitor(TrainingCallback):
     def after_epoch(self):
         epoch,trained = self.epoch+1,self._trained
         self._trained = False
-        if trained and (epoch%self.every==0 or epoch==self.n_epoch): self.measure(epoch)
+        if self._on and trained and (epoch%self.every==0 or epoch==self.n_epoch): self.measure(epoch)
 
     def after_fit(self): self._sample = None # images are not kept
 

@@ -113,7 +113,7 @@ def _worst(net, x, y, gen, steps, lr, target, signs=False, train_mode=False, bs=
 # %% ../../nbs/measures/sharpness.ipynb #ec4b2ae7
 def sharpness(
     model:nn.Module, # network; nothing of it is changed
-    batches:Iterable, # of (inputs, labels), a sample of the training data
+    batches:Iterable, # of (inputs, labels), a sample of the training data in mixed order
     worst:bool=False, # gradient ascent (alpha) or noise (sigma)?
     kernels:bool=False, # only weights with two or more axes?
     batch_stats:bool=False, # batch normalization by the statistics of the batch?
@@ -142,7 +142,7 @@ def sharpness(
 
 def sharpness_measures(
     model:nn.Module, # network; nothing of it is changed
-    batches:Iterable, # of (inputs, labels), a sample of the training data
+    batches:Iterable, # of (inputs, labels), a sample of the training data in mixed order
     **kwargs # options of `sharpness`
 )->pd.Series: # sigma1, sigma2 (the paper's ' and ''), alpha1, alpha2; large is flat
     "Measure all four; ValueError as in `sharpness` (Carbonnelle 2021, section 6)."
@@ -193,10 +193,11 @@ def norm_measures(
     bs = whole('bs', bs)
     with evaluating(model) as network:
         x,y = _sample(batches, network)
-        weights = [w.detach() for layer in select_layers(network).values() for w in weight_view(layer).float()]
+        layers = [weight_view(layer).detach().float() for layer in select_layers(network).values()] # (groups,N,D) each
         margin = _margin(network, x, y, bs)
-        spectral = sum(2*_log(torch.linalg.matrix_norm(w.cpu(), 2).item()) for w in weights) # many small ones
+        norms = [torch.linalg.matrix_norm(w.cpu(), 2).max().item() for w in layers] # of the largest group
+        spectral = sum(2*_log(norm) for norm in norms)
         inverse = -2*math.log(margin) if margin>0 else math.nan
         return pd.Series(dict(parameters=sum(p.numel() for p in network.parameters()),
-            param_norm=sum(w.double().square().sum().item() for w in weights), spectral=spectral,
+            param_norm=sum(w.double().square().sum().item() for w in layers), spectral=spectral,
             path=path_norm(network, x), margin=margin, inverse_margin=inverse, spectral_margin=spectral+inverse))

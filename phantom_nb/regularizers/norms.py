@@ -91,7 +91,7 @@ class NormalizeAndProject(Regularizer):
             raise ValueError("which layers stand in front of a normalisation is seen by hooks"
                 f"{compiled_words(self.model)}")
         for name,module in self.selected.items():
-            if hasattr(module, 'parametrizations'):
+            if 'weight' not in module._parameters: # parametrized, old weight_norm and spectral_norm, pruned
                 raise ValueError(f"layer {name!r} is parametrized: its weight is computed anew each time, "
                     "leave it out by layers=...")
         self.pairs,self._nodes = {},{}
