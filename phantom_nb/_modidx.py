@@ -878,6 +878,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'phantom_nb/experiments/learner.py'),
                                                 'phantom_nb.experiments.learner.NoValidation': ( 'experiments/learner.html#novalidation',
                                                                                                  'phantom_nb/experiments/learner.py'),
+                                                'phantom_nb.experiments.learner.NoValidation.after_train': ( 'experiments/learner.html#novalidation.after_train',
+                                                                                                             'phantom_nb/experiments/learner.py'),
                                                 'phantom_nb.experiments.learner.NoValidation.before_validate': ( 'experiments/learner.html#novalidation.before_validate',
                                                                                                                  'phantom_nb/experiments/learner.py'),
                                                 'phantom_nb.experiments.learner.QuickCrossEntropy': ( 'experiments/learner.html#quickcrossentropy',

@@ -463,7 +463,8 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     from phantom_nb.experiments.runner import load_results, make_learner, settle_precision
     console,code = _wide_console(),0
     with console.status("Reading the images ..."):
-        firsts = {(run.data, run.n_train, run.n_valid, run.per_class):run for run in experiment.runs[::-1]}
+        seen = 'data n_train n_valid per_class imbalance augment size folds test'.split() # what the sentence tells
+        firsts = {tuple(str(getattr(run, k)) for k in seen):run for run in experiment.runs[::-1]}
         told = [_image_words(plan, run, make_learner(run, root).dls) for run in [*firsts.values()][::-1]]
     for sentence in dict.fromkeys(told): _say(console, sentence)
     _say(console, f"{plan.counted(len(experiment.runs), 'run')}.")

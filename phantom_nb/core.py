@@ -9,7 +9,7 @@ __all__ = ['WEIGHT_TYPES', 'matches', 'select_layers', 'read_weight', 'weight_vi
 # %% ../nbs/core.ipynb #94be1dac
 import copy, logging, math, secrets, warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -90,18 +90,22 @@ def select_layers(
     raise _no_layer(layers, model, found, types)
 
 # %% ../nbs/core.ipynb #0d107efe
+@contextmanager
+def _as_evaluated(module):
+    "Leave a weight as it is while it is read, though training would change it by reading"
+    parts = getattr(module, 'parametrizations', {})
+    modes = [(part, part.training) for part in (parts['weight'].modules() if 'weight' in parts else ())]
+    try:
+        for part,_ in modes: part.training = False
+        yield
+    finally:
+        for part,mode in modes: part.training = mode
+
 def read_weight(
     module:nn.Module # Linear, or Conv1d-3d, transposed or not
 )->Any: # its weight, a tensor with gradient; None if it has none
     "Read a weight and change nothing: one that changes as training reads it (spectral norm) is read as in evaluation."
-    parts = getattr(module, 'parametrizations', {})
-    if 'weight' not in parts: return getattr(module, 'weight', None)
-    modes = [(part, part.training) for part in parts['weight'].modules()]
-    try:
-        parts['weight'].eval()
-        return module.weight
-    finally:
-        for part,mode in modes: part.training = mode
+    with _as_evaluated(module): return getattr(module, 'weight', None)
 
 def weight_view(
     module:nn.Module, # Linear, or Conv1d-3d, transposed or not

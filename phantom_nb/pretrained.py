@@ -190,10 +190,13 @@ def _torchvision_model(name, n_in, n_out, dropout, pretrained):
         load_weights(model, state, f"torchvision's weights of {name}")
     return model
 
-def _add_dropout(model, p):
-    "Put dropout before the classifier of a torchvision network"
+def _set_dropout(model, p):
+    "Give the classifier of a torchvision network so much dropout: where it has its own, and else before it"
     name,layer = last_layer(model)
-    if p: set_module(model, name, nn.Sequential(nn.Dropout(p), layer))
+    around = model.get_submodule(name.rpartition('.')[0])
+    own = [m for m in around if isinstance(m, nn.Dropout)] if isinstance(around, nn.Sequential) else []
+    for m in own: m.p = p
+    if p and not own: set_module(model, name, nn.Sequential(nn.Dropout(p), layer))
 
 # %% ../nbs/pretrained.ipynb #a3196d3e
 def data_config(
@@ -247,7 +250,7 @@ def foreign_model(
     if library == 'timm': model = _timm_model(inner, n_in, n_out, size, dropout, pretrained)
     else: model = _torchvision_model(inner, n_in, n_out, dropout, pretrained)
     if weights is not None: load_weights(model, read_weights(weights), f"the weights in {str(weights)!r}")
-    if library == 'torchvision': _add_dropout(model, dropout)
+    if library == 'torchvision': _set_dropout(model, dropout)
     _try_out(keep_inputs(model), name, n_in, n_out, size)
     model.data_config = data_config(name)
     return model
@@ -258,7 +261,9 @@ def param_groups(
 )->list[list[nn.Parameter]]: # early layers, late layers, classifier
     "Split parameters for `Learner(splitter=param_groups)`: `fine_tune` freezes all but the classifier (Howard 2018)."
     network = unwrap(model)
-    head = {id(p) for p in last_layer(network)[1].parameters()}
+    said:Any = getattr(network, 'get_classifier', tuple)() # timm's; some have two
+    heads = [last_layer(network)[1], *(said if isinstance(said, (tuple, list)) else [said])]
+    head = {id(p) for layer in heads for p in layer.parameters()}
     layers = [name for name,m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][:-1]
     middle = layers[len(layers)//2]+'.' if layers else ''
     groups = [list[nn.Parameter]() for _ in range(3)]

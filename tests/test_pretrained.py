@@ -214,3 +214,15 @@ def test_pretrained_features_beat_random_ones():
         from sklearn.linear_model import LogisticRegression
         scores.append(LogisticRegression(max_iter=300).fit(feats, y).score(vf, vy))
     assert scores[0] > .75 and scores[0] > scores[1]+.1, scores
+
+@pytest.mark.parametrize('name,n', [('efficientnet_b0',1), ('vgg11',2), ('mobilenet_v3_small',1), ('resnet18',1)])
+def test_torchvisions_networks_have_the_dropout_that_is_asked_for(name, n):
+    "Their own is that of their first training; without any they get one"
+    def rates(p): return [m.p for m in create_model(f'torchvision:{name}', size=64, dropout=p).modules() if isinstance(m, nn.Dropout)]
+    assert not any(rates(0.)) and rates(.3)==[.3]*n
+
+def test_both_heads_of_a_network_train_first():
+    pytest.importorskip('timm')
+    net = create_model('timm:levit_128s', size=224, n_in=3, n_out=5)
+    heads = {id(p) for name,p in net.named_parameters() if name.startswith('head')}
+    assert len(heads)>4 and {id(p) for p in param_groups(net)[-1]}>={id(p) for name,p in net.named_parameters() if '.linear.' in name and name.startswith('head')}

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from scipy.stats import ttest_1samp
 
+from typer.testing import CliRunner
 from phantom_nb import cli
 from phantom_nb.experiments import learner
 from phantom_nb.experiments.methods import METHODS, all_methods, search_space
@@ -424,3 +425,9 @@ def test_a_study_remembers_a_diverged_trial_with_zero(tmp_path, monkeypatch):
 
 def test_no_trial_learns_from_images_that_judge(tmp_path):
     with pytest.raises(ValueError, match='folds=5: trials would learn'): tune_one(Run(n_train=None, folds=5, n_valid=100), tmp_path)
+
+def test_a_sweep_says_what_each_kind_of_run_sees(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('a.toml').write_text('data="digits"\nmethods="none"\nn_train=100\nepochs=1\nseeds=1\n[[runs]]\n[[runs]]\naugment="crop"\n[[runs]]\nimbalance=10.0\n')
+    said = ' '.join(CliRunner().invoke(cli.app, ['sweep','a.toml','--jobs','1']).output.split())
+    assert 'not augmented' in said and 'are augmented (crop)' in said and said.count('images train')==3

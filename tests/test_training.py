@@ -19,6 +19,7 @@ from phantom_nb.measures.intraclass import IntraclassMonitor
 from phantom_nb.measures.sparsity_monitor import SparsityMonitor
 from phantom_nb.regularizers.hyperspherical import MHE, CoMHE
 from phantom_nb.regularizers.phantom import PhantomEmbeddings
+from phantom_nb.regularizers.semantic import ISDA
 from phantom_nb.regularizers.smoothness import SpectralPenalty
 from phantom_nb.regularizers.sparsity import TargetedSparsity
 
@@ -225,3 +226,17 @@ def test_an_exported_learner_predicts_in_a_fresh_process(package, tmp_path):
     assert out.returncode==0, out.stderr[-2000:]
     with torch.no_grad(): want = learn.model.eval()(torch.linspace(-1, 1, 384).view(2, 3, 8, 8)).flatten().tolist()
     assert out.stdout.split()[-4:]==[f'{v:.5f}' for v in want]
+
+@pytest.mark.parametrize('make', [lambda: PhantomEmbeddings(0., 'mix'), lambda: PhantomEmbeddings(0., choose='right'), lambda: ISDA(0.)])
+def test_a_weight_of_zero_leaves_a_head_with_a_spectral_norm_alone(make):
+    "Whose vectors move on whenever the weight is read in training"
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(20, 10)))
+    states = []
+    for cbs in ([], [make()]):
+        torch.manual_seed(1)
+        learn = Learner(get_dls('digits', n_train=60, n_valid=20, bs=20, device='cpu'), net(), opt_func=SGD, lr=.1, cbs=cbs)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        states.append(learn.model.state_dict())
+    assert all(a.equal(b) for a,b in zip(states[0].values(), states[1].values()))

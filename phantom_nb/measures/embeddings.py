@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..checks import number
-from ..core import matches, select_layers
+from ..core import _as_evaluated, matches, read_weight, select_layers
 from ..floats import unit, wide
 from ..hooks import catch, evaluating, unwrap
 
@@ -129,10 +129,10 @@ def apply_head(
     z:Tensor # (B,D) embeddings
 )->Tensor: # (B,C) logits in float32 or float64
     "Classify embeddings with the head itself, past its hooks (ours)."
-    weight = getattr(head, 'weight', None)
+    weight = read_weight(head)
     x = z if weight is None else z.to(weight.dtype)
     if isinstance(head, _ConvNd) and is_pointwise(head): x = x.reshape(*x.shape, *[1]*len(head.kernel_size))
-    return head.forward(x).flatten(1).to(z.dtype)
+    with _as_evaluated(head): return head.forward(x).flatten(1).to(z.dtype)
 
 # %% ../../nbs/measures/embeddings.ipynb #8a70fec5
 @contextmanager

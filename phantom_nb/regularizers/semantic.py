@@ -98,7 +98,7 @@ class ISDA(ReplacedLoss, ActivationRegularizer):
                 raise ValueError(f"{type(cb).__name__} gives two classes to an image, and ISDA takes the covariance of "
                     "one: leave one of the two out")
         (head,) = self.selected.values()
-        if getattr(head, 'weight', None) is None:
+        if read_weight(head) is None:
             raise ValueError(f"{type(head).__name__} has no weight: name a linear classifier, layers='fc'")
 
     def outputs(self, pred:Tensor, lam:float):
