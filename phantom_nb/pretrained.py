@@ -256,14 +256,17 @@ def foreign_model(
     return model
 
 # %% ../nbs/pretrained.ipynb #cd9a1391
+def _classifiers_of(network:Any):
+    "Classifiers of a network, as timm says; some have two"
+    said = network.get_classifier() if hasattr(network, 'get_classifier') else []
+    return said if isinstance(said, (tuple, list)) else [said]
+
 def param_groups(
     model:nn.Module # a network whose classifier is its last layer
 )->list[list[nn.Parameter]]: # early layers, late layers, classifier
     "Split parameters for `Learner(splitter=param_groups)`: `fine_tune` freezes all but the classifier (Howard 2018)."
     network = unwrap(model)
-    said:Any = getattr(network, 'get_classifier', tuple)() # timm's; some have two
-    heads = [last_layer(network)[1], *(said if isinstance(said, (tuple, list)) else [said])]
-    head = {id(p) for layer in heads for p in layer.parameters()}
+    head = {id(p) for layer in [last_layer(network)[1], *_classifiers_of(network)] for p in layer.parameters()}
     layers = [name for name,m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][:-1]
     middle = layers[len(layers)//2]+'.' if layers else ''
     groups = [list[nn.Parameter]() for _ in range(3)]

@@ -87,7 +87,7 @@ def test_a_seed_whose_chosen_run_diverged_is_left_out():
 
 def test_a_suggested_weight_makes_the_method_that_was_measured():
     "With the settings that are not its defaults"
-    runs = _rows({1.:[1, 2, 3]}, {1.:[.1]*3}).assign(method='phantom_contrast', settings=[{'lam':1., 'tau':1., 'k':None}]*3)
+    runs = _rows({1.:[1, 2, 3]}, {1.:[.1]*3}).assign(method='phantom_contrast', settings=[dict(lam=1., tau=1., k=None)]*3)
     words = best_weight(runs, 'lam')
     method,settings = read_method(f'phantom_contrast:{words}')
     assert words=='lam=1:tau=1' and full_settings(method, settings)['tau']==1. and full_settings(method, settings)['lam']==1.

@@ -111,7 +111,9 @@ class Residual(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.stem,self.bn,self.inner,self.inner_bn,self.head = nn.Conv2d(1, 4, 3, padding=1),nn.BatchNorm2d(4),nn.Conv2d(4, 4, 3, padding=1),nn.BatchNorm2d(4),nn.Linear(256, 10)
+        self.stem,self.bn = nn.Conv2d(1, 4, 3, padding=1),nn.BatchNorm2d(4)
+        self.inner,self.inner_bn = nn.Conv2d(4, 4, 3, padding=1),nn.BatchNorm2d(4)
+        self.head = nn.Linear(256, 10)
     def forward(self, x):
         x = self.stem(x)
         return self.head((x+self.inner_bn(self.inner(self.bn(x).relu()))).flatten(1))
