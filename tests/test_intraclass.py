@@ -176,8 +176,8 @@ def test_report_of_a_saved_learner(saved, capsys, tmp_path):
     assert code==0 and 'c1' in out and (tmp_path/'a.svg').exists() and not (saved/'coarse-layers.png').exists()
 
 @pytest.mark.parametrize('args,message', [(['none.pkl'], 'no learner at'), (['dict.pkl'], 'cannot be opened as a learner'),
-    (['text.pkl'], 'cannot be opened as a learner'), (['fine.pkl','--data','digit'], "did you mean 'digits'?"), (['fine.pkl','--n','4'], '--n 4'),
-    (['fine.pkl','--n','1001'], '--n 1001'), (['fine.pkl','--plot','a.txt'], "'a.txt': give a file name that ends in"),
+    (['text.pkl'], 'cannot be opened as a learner'), (['fine.pkl','--data','digit'], "did you mean 'digits'?"), (['fine.pkl','--n','4'], '4 training images: give 10'),
+    (['fine.pkl','--n','1001'], '1001 training images: give 10 (one a class) to 100'), (['fine.pkl','--plot','a.txt'], "'a.txt': give a file name that ends in"),
     (['fine.pkl','--plot','no/a.png'], 'the folder does not exist'), pytest.param(['fine.pkl','--data','fashion_mnist'], 'trained on images of 1×8×8', marks=needs_fashion)])
 def test_wrong_input_ends_in_one_sentence(saved, capsys, args, message):
     code,out = run(capsys, saved/args[0], *args[1:])
