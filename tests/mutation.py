@@ -380,7 +380,6 @@ EQUIVALENT = { # changes that mean nothing: part of a module and function, of wh
     ('quantities weight_norm', '.detach()'):"a number alone is read",
     ('quantities _Sparsity.see', 'a.detach()'):"nothing there has a gradient",
     ('quantities _Sparsity.table', '.float'):"a share of few units, rounded either way",
-    ('quantities judge_spoilt', 'seen >= n'):"a further batch of which nothing is taken",
     ('quantities network_quantities', 'seen >= n'):"a further batch of which nothing is taken",
     ('ranking _granulated', '0 in pairs > 0'):"every pair counts twice",
     ('ranking _least_share', '1 in group.max() + 1'):"numbers pairs of groups as well",
