@@ -45,15 +45,17 @@ def test_blur_keeps_shape_and_mean(size):
     assert blur(x).shape==x.shape
     assert blur(torch.ones_like(x)).allclose(torch.ones_like(x), atol=1e-5)
 
+class Sees(nn.Module):
+    "Keep the images, and answer with their first pixels"
+    def __init__(self, n=10):
+        super().__init__()
+        self.seen,self.n = [],n
+    def forward(self, x):
+        self.seen.append(x)
+        return x.flatten(1)[:,:self.n]
+
 def test_spoilt_does_not_depend_on_the_network():
     dls = get_dls('digits', n_train=20, n_valid=0, device='cpu')
-    class Sees(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.seen = []
-        def forward(self, x):
-            self.seen.append(x)
-            return x.flatten(1)[:,:10]
     a,b = Sees(),Sees()
     first = judge_spoilt(a, dls.test, n=300)
     assert first==judge_spoilt(b, dls.test, n=300)
@@ -168,16 +170,9 @@ def test_spoilt_images_are_of_all_classes_and_noise_belongs_to_the_image():
     "Test images that lie class by class; whatever the size of a batch"
     class First(nn.Module):
         def forward(self, x): return torch.tensor([[1.,0.]]).expand(len(x), 2)
-    class Sees(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.seen = []
-        def forward(self, x):
-            self.seen.append(x)
-            return x.flatten(1)[:,:2]
     x,y = torch.randn(600, 1, 4, 4),torch.arange(2).repeat_interleave(300)
     def loader(bs): return DataLoader(TensorDataset(x, y), bs)
     assert judge_spoilt(First(), loader(64), n=100)==dict(noise_accuracy=.5, blur_accuracy=.5)
-    a,b = Sees(),Sees()
+    a,b = Sees(2),Sees(2)
     assert judge_spoilt(a, loader(64), n=90)==judge_spoilt(b, loader(7), n=90)
     assert torch.cat(a.seen[::2]).equal(torch.cat(b.seen[::2])) and sum(map(len, a.seen))==180
