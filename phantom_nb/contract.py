@@ -20,6 +20,7 @@ from fastai.callback.training import GradientAccumulation
 from fastcore.basics import risinstance
 from torch import nn
 
+from .checks import whole
 from .core import WEIGHT_TYPES, L2Penalty, TrainingCallback
 
 # %% ../nbs/contract.ipynb #63c7c511
@@ -285,7 +286,7 @@ def check_regularizer(
     rows = {}
     words = WORDS.get(make().kind, {})
     for i in points:
-        promise = PROMISES[i-1]
+        promise = PROMISES[whole('points', i, at_most=len(PROMISES))-1]
         text = words.get(i, promise.__doc__)
         options = dict(bad=bad or {}) if promise is _refuses else {}
         with tempfile.TemporaryDirectory() as d, warnings.catch_warnings():

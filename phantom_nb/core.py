@@ -278,12 +278,15 @@ class Regularizer(TrainingCallback):
         self._record(self.steps, self.epoch + (self.iter+1)/self.n_iter, lam, penalty.detach(), self._share(term))
         return term
 
+    def _acted_on(self): # tensors that the penalty is a function of
+        return [p for module in self.selected.values() for p in module.parameters()]
+
     def _warn_frozen(self):
         "Say once a fit that nothing can follow the penalty"
-        parameters = [p for module in self.selected.values() for p in module.parameters()]
-        if self._told_frozen or not parameters or any(p.requires_grad for p in parameters): return
+        tensors = [t for t in self._acted_on() if isinstance(t, Tensor)]
+        if self._told_frozen or not tensors or any(t.requires_grad for t in tensors): return
         self._told_frozen = True
-        warnings.warn(f"{type(self).__name__} moves nothing: all its layers are frozen", stacklevel=3)
+        warnings.warn(f"{type(self).__name__} moves nothing: all layers that it could move are frozen", stacklevel=3)
 
     def _warn_idle(self):
         "Say after the first epoch of a fit that there was nothing to act on"
@@ -428,3 +431,5 @@ class ActivationRegularizer(Regularizer):
         if self._hooks: self._hooks.__exit__(None, None, None)
         self._hooks = None
         self.acts = {}
+
+    def _acted_on(self): return self.acts.values()

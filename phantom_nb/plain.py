@@ -8,6 +8,7 @@ __all__ = ['attach']
 # %% ../nbs/plain.ipynb #332bf07e
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from fastcore.foundation import L
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .checks import whole
 from .core import Regularizer
+from .kinds import SecondPass
 
 # %% ../nbs/plain.ipynb #e9d092ce
 class _Loop:
@@ -51,13 +53,15 @@ def _logits(out)->Tensor|None:
     if isinstance(out, Tensor): return out
     if isinstance(out, dict) or hasattr(out, 'logits'): # Hugging Face's outputs are both
         out = out.get('logits') if isinstance(out, dict) else out.logits
-    elif isinstance(out, (tuple,list)) and len(out): out = out[0]
+    elif isinstance(out, (tuple,list)): # perhaps behind a loss
+        out = next((t for t in out if isinstance(t, Tensor) and t.ndim>1), None)
     return out if isinstance(out, Tensor) else None
 
 # %% ../nbs/plain.ipynb #612f7989
 class attach:
     "Attach regularizers to a network in a training loop of your own; a context, gone without a trace (ours)."
-    _loop:_Loop|None
+    _loop:_Loop|None = None
+    _learners:dict[int,Any]
 
     def __init__(self,
         model:nn.Module, # network, as the loop calls it: bare, compiled, or wrapped by DistributedDataParallel
@@ -85,13 +89,17 @@ class attach:
         self._last = 0 # steps of the loop that was closed
         # A second pass comes last, as in a `Learner`
         self.regularizers = sorted(regularizers, key=lambda reg: reg.order)
-        self._loop = None
+
+    # A network that is copied or saved takes its hooks along: these watch nothing
+    def __deepcopy__(self, memo): return object.__new__(attach)
+    def __reduce__(self): return object.__new__, (attach,)
 
     def __enter__(self): # the context itself, called as `penalty(y)`
         for reg in self.regularizers:
             if not isinstance(getattr(reg, 'learn', None), _Loop): continue
             raise ValueError(f"{type(reg).__name__} is attached to another network: make one for each")
         self._loop = loop = _Loop(self.model, self.total)
+        self._learners = {id(reg):getattr(reg, 'learn', None) for reg in self.regularizers}
         first = self.model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
         self._handles = [first, self.model.register_forward_hook(self._after)]
         try:
@@ -112,7 +120,7 @@ class attach:
         for reg in self.regularizers:
             reg.close()
             reg.records = [tuple(v.item() if isinstance(v, Tensor) else v for v in row) for row in reg.records]
-            if reg.learn is self._loop: reg.learn = None
+            if reg.learn is self._loop: reg.learn = self._learners[id(reg)]
         if self._loop: self._last = self._loop.train_iter
         self._loop = None
 
@@ -127,7 +135,11 @@ class attach:
             reg.close() # of a forward pass that no penalty followed
             if reg.is_due(): reg.open()
     def _after(self, model, args, out):
-        if loop := self._watching(): loop.answer = out
+        loop = self._watching()
+        if not loop: return
+        loop.answer = out
+        for reg in self.regularizers:
+            if isinstance(reg, SecondPass): reg.after_pred() # its precision is that of this pass
 
     def __call__(self,
         y:Tensor|None=None, # (B,) labels of the batch, as the methods need them; None where all act on weights

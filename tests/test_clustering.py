@@ -75,7 +75,7 @@ def test_against_scikit_learn(n, d, k, seed, shift, zeros):
     y[0] = 99 # a cluster of one
     assert close(silhouette_cosine(x, y), silhouette_samples(x, y, metric='cosine'), 1e-7)
     assert abs(cosine_distance_std(x)-cosine_distances(x).std()) < 1e-9
-    assert close(silhouette_cosine(x.float(), y), silhouette_samples(x.float().double(), y, metric='cosine'), 1e-4 if shift>9 else 1e-5)
+    assert close(silhouette_cosine(x.float(), y), silhouette_samples(x.float().double(), y, metric='cosine'), 1e-3 if shift>9 else 1e-5) # angles of .001 have four digits
 
 def test_many_blocks_give_what_one_gives(monkeypatch):
     x,y = cloud(300, 200, 5, 0, .5, 3)
@@ -238,6 +238,13 @@ def test_partners_of_c0_lie_in_the_same_superclass():
     assert interpolation_drop(predict, x, sup, sub, generator=gen(0))==pytest.approx(1, abs=.5)
     mixed = torch.cat(seen)
     assert ((mixed[:,::2].sum(1)>0)!=(mixed[:,1::2].sum(1)>0)).all()
+
+def test_c0_takes_superclasses_that_are_true_or_false():
+    x,sub = torch.randn(40, 6),torch.arange(40)%4
+    w = torch.randn(6, 2)
+    def predict(x): return (x@w).softmax(1)
+    found = [interpolation_drop(predict, x, sup, sub, torch.Generator().manual_seed(0)) for sup in (sub%2==1, sub%2)]
+    assert found[0]==found[1] and np.isfinite(found[0])
 
 def test_c0_of_a_known_classifier():
     "The probability is 1-0.4 half-way between subclasses, 0.9 elsewhere: 0.4/0.1"

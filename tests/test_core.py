@@ -17,6 +17,7 @@ from phantom_nb.core import _OneBatch, ActivationRegularizer, L2Penalty, Trainin
 from phantom_nb.data import get_dls
 from phantom_nb.measures.sparsity_monitor import SparsityMonitor
 from phantom_nb.plain import attach
+from phantom_nb.regularizers.activations import AL2
 from phantom_nb.regularizers.flatness import SAM
 from phantom_nb.regularizers.norms import NormalizeAndProject
 from phantom_nb.regularizers.phantom import PhantomEmbeddings
@@ -328,6 +329,18 @@ def test_warnings_are_no_part_of_the_contract():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert set(check_regularizer(Warns, points=[1]).result)=={'kept'}
+
+@pytest.mark.parametrize('point', [0, 10, 1.5])
+def test_promises_have_numbers_from_one_to_nine(point):
+    with pytest.raises(ValueError, match='points='): check_regularizer(L2Penalty, points=[point])
+
+@pytest.mark.parametrize('make', [AL2, partial(TargetedSparsity, layers='all'), PhantomEmbeddings])
+def test_a_penalty_on_activations_that_moves_nothing_says_so(make):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[0].requires_grad_(False)
+    with attach(model, make(), total=5) as penalty, pytest.warns(UserWarning, match='moves nothing.*frozen'):
+        model(torch.randn(6, 4))
+        penalty(torch.arange(6)%3)
 
 def test_several_broken_promises_are_reported_together():
     with pytest.raises(AssertionError) as e: check_regularizer(NoGradient, points=[1,5])
@@ -806,7 +819,7 @@ def test_a_penalty_that_moves_nothing_says_so():
             warnings.simplefilter('always')
             learn.fit(2)
         return [str(w.message) for w in told if 'frozen' in str(w.message)]
-    assert words([1])==['L2Penalty moves nothing: all its layers are frozen'] and words([3])==[]
+    assert words([1])==['L2Penalty moves nothing: all layers that it could move are frozen'] and words([3])==[]
 
 def test_reentrant_checkpoints_leave_the_share_unknown():
     from torch.utils.checkpoint import checkpoint

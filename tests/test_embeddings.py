@@ -1,5 +1,6 @@
 "Embeddings: the head of known networks, what goes into it, and measures of how classes lie"
 import warnings
+from contextlib import suppress
 
 import pytest, torch
 from fastai.vision.learner import create_head
@@ -10,6 +11,7 @@ from phantom_nb.data import get_dls
 from phantom_nb.measures.embeddings import (apply_head, as_embeddings, class_means, directions, embedding_metrics, embeddings_of, find_head,
     check_batch, class_margins, interclass_similarity, lookalike_margin, lookalike_pairs, nearest_class_similarity, refuse_if, watch_head,
     within_class_share)
+from phantom_nb.measures.sparsity import measure_sparsity
 from phantom_nb.models import MODELS, create_model
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=14)
@@ -236,3 +238,19 @@ def test_wrong_labels_of_many_classes_are_refused_too():
 def test_pairs_that_look_alike_are_those_with_the_highest_cosines():
     m = torch.tensor([[1.,0.,0.], [.9,.1,0.], [0.,1.,0.], [0.,0.,1.]])
     assert lookalike_pairs(m, torch.arange(4)).nonzero().tolist()==[[0,1],[1,0]]
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int32])
+def test_the_margin_of_given_pairs_takes_any_whole_type(dtype):
+    z,y = torch.randn(12, 4),torch.arange(12)%3
+    pairs = lookalike_pairs(z, y)
+    assert lookalike_margin(z, y.to(dtype), pairs)==lookalike_margin(z, y, pairs)
+
+def test_batches_go_where_the_network_is():
+    "The meta device stands for a GPU"
+    net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).to('meta')
+    batches = [(torch.randn(3, 8), torch.tensor([0,1,1]))]*2
+    assert {t.device.type for t in embeddings_of(net, batches)}=={'meta'}
+    seen = []
+    net[1].register_forward_pre_hook(lambda _,args: seen.append(args[0].device.type))
+    with suppress(Exception): measure_sparsity(net, batches) # numbers there are none
+    assert seen and set(seen)=={'meta'}

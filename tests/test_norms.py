@@ -4,6 +4,7 @@ import pytest, torch
 from fastai.basics import Learner, SGD
 from fastai.callback.training import GradientAccumulation
 from torch import nn
+from torch.nn import functional as F
 
 from phantom_nb.data import get_dls
 from phantom_nb.plain import attach
@@ -135,3 +136,38 @@ def test_old_parametrizations_are_refused_too(make):
         warnings.simplefilter('ignore', FutureWarning)
         make(model[0])
     with pytest.raises(ValueError, match="'0' is parametrized"): fit(NormalizeAndProject(), model=model)
+
+class Between(nn.Module):
+    "Something works on the output of a layer ahead of its normalisation"
+    def __init__(self, work):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first,self.bn1 = nn.Conv2d(1, 4, 3, padding=1),nn.BatchNorm2d(4)
+        self.second,self.bn2 = nn.Conv2d(4, 4, 3, padding=1),nn.BatchNorm2d(4)
+        self.head,self.work = nn.Linear(256, 10),work
+    def forward(self, x):
+        x = self.bn1(self.first(x)).relu()
+        return self.head(self.bn2(self.work(self.second(x), x)).flatten(1))
+
+@pytest.mark.parametrize('work', [lambda out, x: out.add_(x), lambda out, x: F.elu_(out), lambda out, x: out.mul_(2).sigmoid()])
+def test_what_works_in_place_is_seen(work):
+    cb = fit(NormalizeAndProject(), model=Between(work)).normalize_and_project
+    assert list(cb.pairs)==['first']
+
+class Twice(nn.Module):
+    "One layer runs twice; each of its outputs has a normalisation of its own, or only the first has one"
+    def __init__(self, both):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem,self.bn = nn.Conv2d(1, 4, 3, padding=1),nn.BatchNorm2d(4)
+        self.conv,self.bn1,self.bn2 = nn.Conv2d(4, 4, 3, padding=1),nn.BatchNorm2d(4),nn.BatchNorm2d(4)
+        self.head,self.both = nn.Linear(256, 10),both
+    def forward(self, x):
+        x = self.bn1(self.conv(self.bn(self.stem(x)).relu())).relu()
+        x = self.conv(x)
+        return self.head((self.bn2(x) if self.both else x).relu().flatten(1))
+
+@pytest.mark.parametrize('both', [True, False])
+def test_a_layer_that_runs_twice_is_left_out(both):
+    with pytest.warns(UserWarning, match='leaves out conv'): cb = fit(NormalizeAndProject(), model=Twice(both)).normalize_and_project
+    assert list(cb.pairs)==['stem']

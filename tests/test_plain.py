@@ -1,5 +1,6 @@
 "The same regularizers in other people's loops: the gradients of a Learner, and a network that is left as it was"
-import copy, logging, re, warnings
+import copy, io, logging, re, warnings
+from contextlib import nullcontext
 from functools import partial
 
 import pytest, torch
@@ -7,12 +8,15 @@ from fastai.basics import Callback, CancelFitException, Learner, SGD
 from fastai.callback.schedule import SchedLin
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.overrides import _get_current_function_mode_stack
 
 from phantom_nb.core import L2Penalty, Regularizer
 from phantom_nb.data import get_dls
 from phantom_nb.plain import attach
+from phantom_nb.regularizers.flatness import SAM
 from phantom_nb.regularizers.hyperspherical import CoMHE, MHE
 from phantom_nb.regularizers.phantom import PhantomEmbeddings
+from phantom_nb.regularizers.smoothness import GradientPenalty
 from phantom_nb.regularizers.sparsity import TargetedSparsity
 
 MAKERS = dict(l2=L2Penalty, mhe=partial(MHE, half_space=True), every=partial(MHE, every=2), random=partial(CoMHE, 'random', k=4, m=2),
@@ -326,3 +330,58 @@ def test_the_state_after_the_block_knows_how_far_it_came():
         penalty.load_state_dict(state)
         steps(penalty, 1)
     assert again.records[-1][2]==pytest.approx(.5)
+
+def copied(model, how):
+    if how=='copy': return copy.deepcopy(model)
+    if how=='average': return torch.optim.swa_utils.AveragedModel(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+@pytest.mark.parametrize('how', ['copy','average','save'])
+def test_copies_of_an_attached_network_watch_nothing(how, batch):
+    "A loop that keeps the best network, or an average, copies it in the block, perhaps ahead of the penalty"
+    model,(x,y) = network(),batch
+    with attach(model, TargetedSparsity(1., layers='all'), GradientPenalty(.1)) as penalty:
+        loss = cross_entropy(model(x), y)
+        penalty(y, loss=loss)
+        later = copied(model, how)
+        out = model(x)
+        during = copied(model, 'copy' if how=='save' else how)
+        assert penalty(y, loss=cross_entropy(out, y)).requires_grad
+    fresh = torch.randn(4, 1, 8, 8)
+    for other in (later, during):
+        assert other(fresh).shape==(4, 10)
+        assert not fresh.requires_grad and torch.backends.cuda.flash_sdp_enabled() and not _get_current_function_mode_stack()
+
+def test_a_learner_has_its_regularizer_back_after_the_block():
+    reg = MHE(.1)
+    learn = Learner(digits(), network(), opt_func=SGD, cbs=reg)
+    with attach(network(), reg) as penalty: assert penalty().requires_grad
+    assert reg.learn is learn
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert len(reg.records)==2
+
+@pytest.mark.parametrize('inside', [True, False])
+def test_a_second_pass_has_the_precision_of_the_first(inside, batch):
+    model,(x,y),seen = network(),batch,[]
+    model[3].register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    mixed = torch.autocast('cpu', dtype=torch.bfloat16)
+    with attach(model, SAM(0.)) as penalty:
+        with mixed: loss = cross_entropy(model(x), y)
+        with mixed if inside else nullcontext(): penalty(y, loss=loss, again=lambda: cross_entropy(model(x), y))
+    assert seen==[torch.bfloat16]*2
+
+def test_outputs_behind_a_loss_are_found(batch):
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+        def forward(self, x, y):
+            out = self.net(x)
+            return cross_entropy(out, y), out
+    model,(x,y) = WithLoss(),batch
+    with attach(model, Confidence(1.)) as penalty:
+        model(x, y)
+        assert penalty(y).requires_grad

@@ -181,3 +181,8 @@ def test_a_loop_goes_on_with_loaded_moments():
     with attach(model, second, total=3) as penalty:
         penalty.load_state_dict(state)
         assert all(map(torch.equal, first.moments, second.moments))
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int32, torch.bool])
+def test_classes_may_be_of_any_whole_type(dtype):
+    z,y = torch.randn(8, 3),torch.arange(8)%2
+    for a,b in zip(merge_moments(None, z, y.to(dtype), 2), merge_moments(None, z, y, 2)): assert torch.equal(a, b)

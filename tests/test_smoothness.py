@@ -125,12 +125,31 @@ def test_a_sum_over_the_batch_is_refused_and_no_class_is_left_out():
     learn = Learner(get_dls('digits', n_train=32, n_valid=10, bs=16), net, nn.CrossEntropyLoss(reduction='sum'), opt_func=SGD, cbs=GradientPenalty())
     with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match="reduction='sum'"): learn.fit(1)
     y = torch.arange(8)
-    found = []
-    for labels,images in ((torch.where(y<4, y, -100), x), (y[:4], x[:4])):
-        with attach(net, GradientPenalty(1., of='logit')) as penalty:
-            net(images)
-            found.append(penalty(labels).item()*len(images))
-    assert found[0]==pytest.approx(found[1], rel=1e-5)
+    for of in ('loss','logit'): # a mean over the images that have a class
+        found = []
+        for labels,images in ((torch.where(y<4, y, -100), x), (y[:4], x[:4])):
+            with attach(net, GradientPenalty(1., of=of)) as penalty:
+                loss = F.cross_entropy(net(images), labels)
+                found.append(penalty(labels, loss=loss).item())
+        assert found[0]==pytest.approx(found[1], rel=1e-5)
+
+def test_the_logit_of_a_class_needs_classes_and_logits():
+    net,x = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),torch.randn(4, 1, 8, 8)
+    with attach(net, GradientPenalty(of='logit')) as penalty:
+        net(x)
+        with pytest.raises(ValueError, match='class 255, n_classes=10.*negative'): penalty(torch.tensor([1,2,255,3]))
+
+def test_a_second_learner_starts_from_vectors_of_its_own():
+    reg = SpectralPenalty()
+    def first(reg):
+        torch.manual_seed(1)
+        learn = Learner(get_dls('digits', n_train=32, n_valid=10, bs=16), nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
+            opt_func=SGD, cbs=reg)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+        return reg.records[0][3]
+    first(reg)
+    torch.manual_seed(2)
+    assert first(reg)==pytest.approx(first(SpectralPenalty()), rel=1e-6)
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
 def test_spectral_penalty_in_any_precision_of_the_weights(dtype):

@@ -418,7 +418,7 @@ def interpolation_drop(
     "Measure c0: the cost of the way to another subclass, against one within; ValueError for logits (Carbonnelle 2021)."
     bs,x = whole('bs', bs),_as_tensor(x).detach()
     s,c,of = _hierarchy(x.flatten(1), superclass, subclass)
-    columns = _codes(superclass, x.flatten(1))[0].tolist()
+    columns = _codes(superclass, x.flatten(1))[0].long().tolist()
     outputs = _probabilities(predict, x[:2]).shape[1]
     wrong = min(columns)<0 or max(columns)>=outputs
     if wrong: raise ValueError(f"superclasses {columns}, {outputs} outputs: give column numbers")

@@ -21,6 +21,7 @@ from ..checks import number
 from ..core import _as_evaluated, matches, read_weight, select_layers
 from ..floats import unit, wide
 from ..hooks import catch, evaluating, unwrap
+from .capture import device_of
 
 # %% ../../nbs/measures/embeddings.ipynb #5bd103ca
 def n_outputs(
@@ -157,11 +158,11 @@ def embeddings_of(
     classes = []
     with evaluating(model) as network, watch_head(network, head, n_out) as seen:
         for x,y in dl:
-            network(x)
+            network(x.to(device_of(network)))
             classes.append(y.as_subclass(Tensor))
     if not classes: raise ValueError(f"dl={dl!r}: gives no batch, so there is nothing to measure")
     z,logits = map(torch.cat, zip(*seen))
-    return z, logits, torch.cat(classes)
+    return z, logits, torch.cat(classes).to(z.device)
 
 # %% ../../nbs/measures/embeddings.ipynb #4a7e3d6a
 def check_batch(
@@ -199,7 +200,7 @@ def check_classes(
     wrong = y<0 if not negative else torch.zeros_like(y, dtype=torch.bool)
     if n_classes is not None: wrong = wrong | (y>=n_classes)
     last = 'any number' if n_classes is None else n_classes-1
-    right = f"n_classes={n_classes}: classes are 0 to {last}"
+    right = f"n_classes={n_classes}: classes are 0 to {last}" + ', a negative one stands for none'*negative
     def named(): return f"y holds class {y[wrong][0].item()}, {right}"
     refuse_if(wrong, f"y holds classes that there are not, {right}", named)
     return y
@@ -310,6 +311,7 @@ def lookalike_margin(
     pairs:Tensor|None=None # (C,C) bool, symmetric: which pairs look alike, those not present left out; None: find them
 )->Tensor: # scalar in [-2,2]; 0 for fewer than two classes
     "Average the margins of the classes that look alike (equation 6; ours)."
+    y = y.long()
     if pairs is None: return masked_mean(class_margins(z, y), lookalike_pairs(z, y))
     present = y.new_zeros(len(pairs), dtype=torch.bool)
     present[y[y>=0].unique()] = True

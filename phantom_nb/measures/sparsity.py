@@ -18,7 +18,7 @@ from ..checks import one_of
 from ..core import matches, select_layers
 from ..floats import NOTHING, wide
 from ..hooks import catch, evaluating, unwrap
-from .capture import WEIGHTED, Channels
+from .capture import WEIGHTED, Channels, device_of
 from .capture import ACTIVATIONS as FUNCTIONS
 
 # %% ../../nbs/measures/sparsity.ipynb #43b4de54
@@ -345,7 +345,7 @@ def measure_sparsity(
     def see(name, a, dim): meters.setdefault(name, SparsityMeter(dim)).add(a if act is None else act(a))
     with evaluating(model) as network, watch.watching(see):
         for batch in batches:
-            network(batch if isinstance(batch, Tensor) else batch[0])
+            network((batch if isinstance(batch, Tensor) else batch[0]).to(device_of(network)))
             n_batches += 1
     if not n_batches: raise ValueError("batches is empty: give at least one batch of inputs")
     if not meters: raise watch.nothing_seen()

@@ -61,6 +61,7 @@ class NormalizeAndProject(Regularizer):
     kind = 'projection'
     by_hand = "call project_norm(layer, normalisation, norm) after opt.step() yourself"
     _growth:float|Tensor
+    _calls:dict # name -> how often it ran in a forward pass
     _nodes:dict # name -> node of the autograd graph that made the output, until its readers are counted
     def __init__(self,
         lam:float|Callable=1., # in [0,1]: 1 projects in full, 0 does nothing; or an annealer
@@ -94,7 +95,7 @@ class NormalizeAndProject(Regularizer):
             if 'weight' not in module._parameters: # parametrized, old weight_norm and spectral_norm, pruned
                 raise ValueError(f"layer {name!r} is parametrized: its weight is computed anew each time, "
                     "leave it out by layers=...")
-        self.pairs,self._nodes = {},{}
+        self.pairs,self._nodes,self._calls = {},{},{}
         for name,module in self.selected.items(): self.norms.setdefault(name, weight_norm(module))
 
     def open(self):
@@ -102,11 +103,16 @@ class NormalizeAndProject(Regularizer):
         self.close()
         names = {module:name for name,module in self.selected.items()}
         outputs = {} # of the layers, kept while the pass runs, so that no other tensor gets their place
+        self._calls = {}
         def leave(call):
-            if call.module in names: outputs[id(call.out)] = (names[call.module], call.out)
+            if call.module not in names: return
+            name,changes = names[call.module],call.out._version
+            outputs[id(call.out)] = (name, call.out, changes)
+            self._calls[name] = self._calls.get(name, 0)+1
         def enter(call):
-            if isinstance(call.module, NORMALISATIONS) and id(call.x) in outputs:
-                name = outputs[id(call.x)][0]
+            if not (isinstance(call.module, NORMALISATIONS) and id(call.x) in outputs): return
+            name,out,changes = outputs[id(call.x)]
+            if out._version==changes: # nothing has worked in place between the two
                 self.pairs[name] = (self.selected[name], call.module)
                 self._nodes[name] = call.x.grad_fn
         normalisations = {name:m for name,m in self.model.named_modules() if isinstance(m, NORMALISATIONS)}
@@ -124,10 +130,10 @@ class NormalizeAndProject(Regularizer):
     def _leave_out_shared(self):
         "Leave out layers whose output something besides the normalisation reads, such as a residual branch"
         readers = _readers(self.learn.loss)
-        shared = [name for name,node in self._nodes.items() if readers.get(node, 1)>1]
+        shared = [name for name,node in self._nodes.items() if readers.get(node, 1)>1 or self._calls[name]>1]
         for name in shared: del self.pairs[name]
         self._nodes = {}
-        words = "not only the normalisation reads what comes out of it, so its length matters"
+        words = "not one normalisation alone reads what comes out of it, so its length matters"
         if shared: warnings.warn(f"NormalizeAndProject leaves out {', '.join(shared)}: {words}", stacklevel=3)
 
     def after_step(self):

@@ -152,6 +152,8 @@ class EmbeddingRegularizer(Regularizer):
         self._hooks = None
         self.seen = []
 
+    def _acted_on(self): return self.seen
+
     def mixers(self)->list: # callbacks
         "List the callbacks that mix labels (fastai)."
         return [cb for cb in getattr(self, 'cbs', None) or [] if isinstance(cb, MixHandler)]

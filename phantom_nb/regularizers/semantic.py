@@ -50,9 +50,9 @@ def merge_moments(
     diagonal:bool=False # whether only the diagonals are kept
 )->tuple: # the same three, new tensors
     "Merge the moments of a batch into those of all before, exactly (Wang 2019, eq. 7 and 8)."
-    z = z.detach()
+    z,y = z.detach(),check_classes(y, n_classes)
     n,mu,cov = moments or (z.new_zeros(n_classes, *[z.shape[1]]*k) for k in (0, 1, 1 if diagonal else 2))
-    member = class_members(check_classes(y, n_classes), n_classes).to(z) # (C,B); `bincount` would wait for the GPU
+    member = class_members(y, n_classes).to(z) # (C,B); `bincount` would wait for the GPU
     m = member.sum(1)
     total = (n+m).clamp_min(1)
     nu = member@z/m.clamp_min(1)[:,None]

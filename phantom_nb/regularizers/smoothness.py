@@ -19,6 +19,7 @@ from ..checks import one_of, whole
 from ..core import Regularizer, read_weight
 from ..floats import unit
 from ..hooks import catch, compiled_words, is_compiled
+from ..measures.embeddings import check_classes
 
 # %% ../../nbs/regularizers/smoothness.ipynb #caa11e86
 def gradient_penalty(
@@ -125,20 +126,25 @@ class GradientPenalty(Regularizer):
     def penalty(self):
         if self._x is None: raise ValueError("no forward pass ahead of the penalty: call the network first")
         # at lam=0 the penalty is watched without a gradient of its own
-        with torch.enable_grad(): values = self._values(len(self._x))
-        return gradient_penalty(values, self._x, self.loss_scale())
+        y = self.learn.yb[0] if len(self.learn.yb)==1 else None
+        if not isinstance(y, Tensor) or y.is_floating_point() or y.numel()!=len(self._x): y = None
+        with torch.enable_grad(): values,counted = self._values(y, len(self._x))
+        return gradient_penalty(values, self._x, self.loss_scale())*(len(self._x)/counted) # their mean
 
-    def _values(self, n):
-        "Sum over the batch of `n` images of what is differentiated"
+    def _values(self, y, n):
+        "Sum over the batch of `n` images of what is differentiated, and how many have a class"
         if self.of=='loss':
             loss = self.loss_of(self.learn.pred) if self.learn.loss is None else self.learn.loss
-            return loss*n
-        y = self.learn.yb[0] if len(self.learn.yb)==1 else None
-        if y is None or y.is_floating_point():
-            raise ValueError("of='logit' needs one class an image: use of='loss' with mixed labels")
-        y = y.flatten().long()
+            nothing = getattr(getattr(self.learn, 'loss_func', None), 'ignore_index', -100)
+            counted = n if y is None else (y!=nothing).sum().clamp_min(1)
+            return loss*counted, counted # the loss is a mean over those
+        if y is None: raise ValueError("of='logit' needs one class an image: use of='loss' with mixed labels")
+        pred = self.learn.pred
+        if not isinstance(pred, Tensor):
+            raise ValueError(f"the network gives a {type(pred).__name__}: of='logit' needs logits (B,C), use of='loss'")
+        y = check_classes(y.flatten(), pred.shape[1])
         there = y>=0 # a negative class stands for none
-        return self.learn.pred[there].gather(1, y[there, None]).sum()
+        return pred[there].gather(1, y[there, None]).sum(), there.sum().clamp_min(1)
 
 class SpectralPenalty(Regularizer):
     "Penalise half the sum of squared spectral norms of the layers (Yoshida and Miyato 2017)."
@@ -155,10 +161,15 @@ class SpectralPenalty(Regularizer):
         self.vectors = dict[str,Tensor]() # name -> v of (eq. 3)
         self.shapes = dict[str,tuple]() # name -> shape of an input
         self._followed = None
+        self._loaded = False # whether the vectors are those of a fit that goes on
+
+    def forget(self):
+        self.shapes = {}
+        if not self._loaded: self.vectors = {}
 
     def start(self):
         super().start()
-        self._followed = None
+        self._followed,self._loaded = None,False
 
     def open(self):
         def read(call):
@@ -194,3 +205,4 @@ class SpectralPenalty(Regularizer):
     def load_state_dict(self, state:dict):
         super().load_state_dict(state)
         self.vectors = dict(state.get('vectors', {}))
+        self._loaded = bool(self.vectors)

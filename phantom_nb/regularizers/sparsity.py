@@ -137,6 +137,8 @@ class TargetedSparsity(Regularizer):
         self.outputs = {}
         self._cut.clear()
 
+    def _acted_on(self): return [a for a,_ in self.outputs.values()]
+
     def aimed_at(self)->list: # names
         "Name the layers that the penalty acts on now."
         if self.chosen: return self.chosen
