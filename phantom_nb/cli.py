@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', 'Methods', 'Seeds', 'Epochs', 'Model',
-           'Pretrained', 'Augment', 'Size', 'Lr', 'Precision', 'Out', 'Root', 'Jobs', 'Budget', 'MOST_FINDINGS', 'Spec',
-           'SweepOut', 'Limit', 'Engine', 'Address', 'Recorded', 'Where', 'Over', 'Metric', 'Lower', 'Baseline',
-           'Export', 'Plot', 'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Seen', 'Sample', 'Figure', 'MEASURES_TOLD',
-           'Classes', 'PerClass', 'Counted', 'WrongLabels', 'Started', 'Imbalance', 'Page', 'Trained', 'Pieces',
-           'Listed', 'seconds_of', 'compare', 'sweep', 'results', 'data_command', 'bench', 'measure', 'suggest',
-           'report', 'gpu', 'main']
+           'Pretrained', 'Augment', 'Size', 'Resized', 'Lr', 'Precision', 'Out', 'Root', 'Jobs', 'Budget',
+           'MOST_FINDINGS', 'Spec', 'SweepOut', 'Limit', 'Engine', 'Address', 'Recorded', 'Where', 'Over', 'Metric',
+           'Lower', 'Baseline', 'Export', 'Plot', 'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Seen', 'Sample',
+           'Figure', 'MEASURES_TOLD', 'Classes', 'PerClass', 'Counted', 'WrongLabels', 'Started', 'Imbalance', 'Page',
+           'Trained', 'Pieces', 'Listed', 'seconds_of', 'compare', 'sweep', 'results', 'data_command', 'bench',
+           'measure', 'suggest', 'report', 'gpu', 'main']
 
 # %% ../nbs/cli.ipynb #3b88872f
 import inspect, os, re, signal, sys, warnings
@@ -24,6 +24,7 @@ from rich.console import Console
 
 from . import __version__
 from .checks import Refusals, one_of, whole
+from .data.registry import PHOTOS
 from .experiments.methods import METHODS, read_method
 from .experiments.run import DATA_NAMES, MODEL_NAMES, Run, check_data
 
@@ -67,6 +68,7 @@ Pretrained = Annotated[bool, _option("Begin with the library's weights; "
 Augment = Annotated[str, _option("auto, none, crop, resized or full. Default: none; auto for a folder.")]
 Size = Annotated[int|None, _option("Side of the images in pixels. Default: the data's own; "
     "for a learner that was trained on a folder, that of its images.")]
+Resized = Annotated[int|None, _option("Side of the images in pixels. Default: the data's own; for a folder 128.")]
 Lr = Annotated[float|None, _option("Highest learning rate. Default: 0.01; 0.001 with --pretrained.")]
 Precision = Annotated[str, _option("float32, bf16, or auto: what a few timed steps show to be faster.")]
 Out = Annotated[Path|None, _option("Folder for the results. Default: compare/DATA-N_TRAIN.")]
@@ -256,7 +258,7 @@ def _same_name(folder):
     "One name for a folder, however it is spelt: relative where it lies in the working directory"
     path,here = Path(os.path.abspath(Path(folder).expanduser())),Path.cwd()
     name = str(path.relative_to(here) if path.is_relative_to(here) else path)
-    return f'./{name}' if name in DATA_NAMES else name
+    return f'./{name}' if name in (*DATA_NAMES, *PHOTOS) else name
 
 def _shared_fields(data, model, pretrained, augment, size, lr, precision):
     "Fields of `Run` that all runs of a comparison share"
@@ -282,7 +284,7 @@ def _named_methods(methods, check):
 # %% ../nbs/cli.ipynb #81940c36
 @app.command()
 def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds:Seeds=None, epochs:Epochs=None,
-    model:Model='small_cnn', pretrained:Pretrained=False, augment:Augment='', size:Size=None, lr:Lr=None,
+    model:Model='small_cnn', pretrained:Pretrained=False, augment:Augment='', size:Resized=None, lr:Lr=None,
     precision:Precision='float32', time_budget:Budget=None, out:Out=None, root:Root=None, jobs:Jobs=None):
     "Train methods with the same seeds, data order and budget; show who wins and by how much."
     fields = _shared_fields(data, model, pretrained, augment, size, lr, precision)
@@ -313,7 +315,8 @@ def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds
         out = out or _compare_folder(fields['data'], runs[0].n_train)
         runs = runner.settle_precision(runs, out/'runs', root)
         _say(console, _runs_words(plan, runs))
-        _say_images(console, plan, runs, runner.make_learner(runs[0], root).dls, budget, not _left_of(runs, out))
+        _say_images(console, plan, runs, runner.make_learner(runs[0], root).dls, budget, not _left_of(runs, out),
+            root)
         for sentence in _recorded_words(runs, out): _say(console, sentence)
     with _Watch(len(runs), console, runs, out/'runs') as watch:
         try: runner.run_many(runs, jobs=jobs, time_budget=budget, store=out/'runs', root=root, on_row=watch)
@@ -390,7 +393,7 @@ def _left_of(runs, out):
     from phantom_nb.experiments.store import run_file
     return sum(not run_file(out/'runs', run).exists() for run in runs)
 
-def _say_images(console, plan, runs, dls, budget, complete):
+def _say_images(console, plan, runs, dls, budget, complete, root):
     "Say which images train, choose and judge, and how small a difference they can show"
     run,n_test = runs[0],len(dls.test_ds)
     _say(console, _image_words(plan, run, dls))
@@ -398,7 +401,7 @@ def _say_images(console, plan, runs, dls, budget, complete):
     if budget:
         seeds,methods = (len({getattr(run, name) for run in runs}) for name in ('seed','method'))
         _say(console, plan.detectable_words(seeds, methods-1, n_test))
-    elif n_test<plan.FEW and not plan.has_test_images(run.data):
+    elif n_test<plan.FEW and not plan.has_test_images(run.data, root):
         _say(console, "With --time-budget, every image judges in turn (cross-validation).")
 
 def _recorded_words(runs, out):
@@ -466,6 +469,7 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
         seen = 'data n_train n_valid per_class imbalance augment size folds test'.split() # what the sentence tells
         firsts = {tuple(str(getattr(run, k)) for k in seen):run for run in experiment.runs[::-1]}
         told = [_image_words(plan, run, make_learner(run, root).dls) for run in [*firsts.values()][::-1]]
+        for part in experiment.parts: _try_trials(part, make_learner, root)
     for sentence in dict.fromkeys(told): _say(console, sentence)
     _say(console, f"{plan.counted(len(experiment.runs), 'run')}.")
     out,n = out or Path('sweeps')/experiment.name, len(experiment.runs)
@@ -484,6 +488,13 @@ def sweep(spec:Spec, out:SweepOut=None, time_budget:Limit=None, engine:Engine='l
     if there: _say(console, f"Rows: {out/'results.jsonl'}")
     if there: _write_page(console, df, df, out/'comparison.html')
     raise typer.Exit(code)
+
+def _try_trials(part, make_learner, root):
+    "Load what trials of a tuned part learn from; a `ValueError` if there are too few images to choose with"
+    sizes = {(run.data, run.n_train, run.per_class):run for run in part.runs if not run.folds} if part.tune else {}
+    for run in sizes.values():
+        try: make_learner(replace(run, method='none', settings=(), n_valid=part.tune['n_valid'], test=False), root)
+        except ValueError as e: raise ValueError(f"[tune]: {e}") from e
 
 def _others_words(out, df):
     "A sentence on recorded rows that the file does not ask for any more"

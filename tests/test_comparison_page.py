@@ -134,3 +134,10 @@ def test_a_method_without_a_shared_seed_has_no_place_among_gains():
     draw_times(ax, comparison(df))
     assert {text.get_text() for text in ax.texts}=={'none','a'}
     plt.close('all')
+
+def test_another_baseline_is_not_called_plain():
+    df = pd.DataFrame([dict(data='digits', n_train=200, method=m, seed=s, status='done', accuracy=a+.01*s, train_accuracy=.7+.01*s, epochs=5, settings={},
+        valid_sparsity=.2+.1*(m=='none')+.001*s, net_sparsity=.2+.1*(m=='none')+.001*(s*(1+(m=='none')))) for m,a in dict(none=.8, cutmix=.7).items() for s in range(5)])
+    assert any('Plain training' in f.fact for f in judge_comparison(df))
+    told = [f.fact for f in judge_comparison(df, 'cutmix')]
+    assert any('in cutmix, is changed by none' in fact for fact in told) and not any('lain training' in fact for fact in told)

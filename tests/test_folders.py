@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 import phantom_nb.data.images as images
+from phantom_nb.cli import _same_name
 from phantom_nb.experiments.plan import has_test_images
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.runner import name_images
@@ -488,3 +489,16 @@ def test_a_test_part_alone_trains_nothing(tmp_path, counts):
 @pytest.mark.parametrize('kw,what', [(dict(size=0), 'size=0'), (dict(size=8.5), 'size=8.5'), (dict(n_train='100'), "n_train='100'")], ids=str)
 def test_wrong_numbers_for_loaders_are_named(kw, what):
     with pytest.raises(ValueError, match=what): get_dls('digits', **kw)
+
+def test_a_class_may_be_called_train(tmp_path):
+    tree(tmp_path, dict(train=6, bus=6, test=6))
+    data = load_dataset(str(tmp_path))
+    assert data.classes==['bus','test','train'] and len(data.x_train)+len(data.x_test)==18
+
+def test_a_folder_of_ones_own_with_the_name_of_a_known_one_is_followed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path/'trashnet', dict(a=4, b=4))
+    def digest(data): return name_images([Run(data=data, n_train=4)])[0].images
+    before = digest('trashnet')
+    (tmp_path/'trashnet/a/img0.png').unlink()
+    assert before and digest('trashnet')==digest('./trashnet')!=before and _same_name('trashnet')=='./trashnet'

@@ -7,11 +7,13 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from phantom_nb import cli
+from phantom_nb.data import get_dls
 from phantom_nb.experiments import gpu
 from phantom_nb.experiments.plan import advise, comparison_runs, detectable_words, divide_time, has_test_images, kept_plan, mean_and_interval
 from phantom_nb.experiments.plan import other_ways, plan_comparison, seconds_for, validation_images
 from phantom_nb.experiments.run import Run
-from phantom_nb.experiments.runner import load_results
+from phantom_nb.experiments.runner import load_results, make_learner
+from phantom_nb.experiments.stats import SAME
 from phantom_nb.experiments.sweep import runs_of
 from phantom_nb.experiments.timing import ratio_interval
 
@@ -264,8 +266,36 @@ def test_a_method_that_diverged_in_every_run_does_not_block_the_others():
     found = rows('none', [.70,.72,.71], [.69,.70,.70])+rows('mixup', [.74,.75,.76], [.73,.74,.745])
     lost = [dict(row, status='diverged') for row in rows('srip', [.1]*3, [.1]*3)]
     said = advise(pd.DataFrame(found+lost), methods=('none','mixup','srip'), seeds=3)
-    assert 'Use mixup on these images' in said and said.endswith('Not judged: srip, which failed or diverged in every run.')
+    assert 'Use mixup on these images' in said and said.endswith('Not judged: srip, which failed or diverged.')
     assert 'too few to choose' in advise(pd.DataFrame(found+lost[:2]), methods=('none','mixup','srip'), seeds=3) # it may still end well
+
+def test_equal_differences_show_nothing():
+    "With few test images they are common"
+    found = rows('none', [.70,.72,.71], [.80,.85,.75])+rows('mixup', [.74,.75,.76], [.85,.90,.80])
+    assert advise(pd.DataFrame(found), methods=('none','mixup'), seeds=3).endswith(SAME)
+    assert advise(pd.DataFrame([row for row in found if row['seed']<2])).endswith(SAME)
+
+def lose(found, method, seeds): return [dict(row, status='diverged') if (row['method'],row['seed'])[0]==method and row['seed'] in seeds else row for row in found]
+
+def test_a_method_that_diverged_in_some_runs_neither_blocks_nor_is_relied_on():
+    found = rows('none', [.70]*5, [.69,.70,.70,.71,.69])+rows('mixup', [.75]*5, [.73,.74,.745,.75,.73])+rows('sam', [.6]*5, [.6]*5)
+    names = 'none','mixup','sam'
+    said = advise(pd.DataFrame(lose(found, 'sam', [0,1,2])), methods=names, seeds=5)
+    assert 'Use mixup on these images' in said and said.endswith('Not judged: sam, which failed or diverged.')
+    assert advise(pd.DataFrame(lose(found, 'mixup', [0,1])), methods=names, seeds=5).endswith('But 2 runs of mixup failed or diverged: do not rely on it here.')
+    both = lose(lose(found, 'mixup', [0,1]), 'sam', [2,3])
+    assert advise(pd.DataFrame(both), methods=names, seeds=5)=='1 seed finished with every method, too few to choose one: leave out mixup, sam.'
+
+def test_a_small_validation_folder_chooses_whole(monkeypatch, tmp_path):
+    import phantom_nb.experiments.plan as plan
+    monkeypatch.setattr(plan, 'step_seconds', lambda *args, **kwargs: .01)
+    for split,n in dict(train=12, valid=2, test=5).items():
+        for name in 'ab':
+            (tmp_path/split/name).mkdir(parents=True)
+            for i in range(n): Image.new('L', (8, 8), 20*i).save(tmp_path/split/name/f'{i}.png')
+    runs,_ = plan_comparison(Run(data=str(tmp_path), n_train=None), 60., jobs=1, device='cpu')
+    assert {run.n_valid for run in runs}=={4} and make_learner(runs[0], device='cpu').dls.valid_ds.y.bincount().tolist()==[2,2]
+    with pytest.raises(ValueError, match='n_valid=10'): get_dls(str(tmp_path), n_valid=10)
 
 def test_a_number_of_images_a_class_is_planned_as_such(monkeypatch):
     import phantom_nb.experiments.plan as plan

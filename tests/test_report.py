@@ -195,6 +195,16 @@ def test_names_hold_the_settings_that_vary_and_no_other():
     same = pd.concat([rows([dict(lam=.1)]), rows([dict(lam=.3)], data='cifar10')]) # tuned by data set
     assert tell_apart(same.reset_index(drop=True))[0].method.tolist()==['phantom','phantom']
 
+def test_parts_of_a_cross_validation_are_one_comparison():
+    "They differ by some images; sizes that are asked for stay apart"
+    sizes = [33,34,34,33,34]
+    df = pd.concat([rows([None, {}], n_train=n, seed=seed, folds=5) for seed,n in enumerate(sizes)], ignore_index=True)
+    assert set(tell_apart(df)[0].n_train)=={34} and df.n_train.nunique()==2
+    few = pd.concat([rows([None, {}], n_train=20, seed=seed, folds=5) for seed in range(5)], ignore_index=True)
+    both = pd.concat([df, few], ignore_index=True)
+    assert sorted(set(tell_apart(both)[0].n_train))==[20,34]
+    assert sorted(set(tell_apart(df.assign(folds=0))[0].n_train))==[33,34] # a fixed test set
+
 def test_columns_that_differ_tell_comparisons_apart():
     df = pd.concat([rows([None, {}], model=m) for m in ('small_cnn','vgg')], ignore_index=True)
     assert tell_apart(df)[1]==['data','n_train','model']

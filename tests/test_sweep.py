@@ -415,6 +415,31 @@ def test_a_diverged_trial_scores_nothing():
     rows = [dict(trial=0, status='done', valid_accuracy=.45, valid_loss=.8), dict(trial=1, status='diverged', valid_accuracy=.5, valid_loss=None)]
     assert mark_best(rows, 2).chosen.tolist()==[True,False]
 
+def test_where_all_trials_failed_nothing_is_chosen():
+    rows = [dict(trial=i, status='failed') for i in range(2)]
+    assert mark_best(rows, 2).chosen.tolist()==[False,False]
+
+def test_trials_without_enough_images_are_refused_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('t.toml').write_text('methods = ["none","mixup"]\nseeds = 1\nepochs = 1\nn_train = 50\n[tune]\ntrials = 2\nseeds = 1\n')
+    with pytest.raises(SystemExit): cli.main(['sweep','t.toml','--jobs','1'])
+    assert '[tune]: n_valid=1000' in ' '.join(capsys.readouterr().err.split()) and not Path('sweeps').exists()
+
+@pytest.mark.parametrize('spec', [dict(n_train=[20,100], per_class=5), dict(factors=[[dict(n_train=20)]], per_class=5)])
+def test_two_ways_to_say_how_many_train_are_refused(spec):
+    with pytest.raises(ValueError, match='n_train=20 and per_class=5: give one of them'): parse_sweep(dict(data='digits', seeds=1, **spec))
+
+def test_a_failed_run_is_tried_again_once_its_file_is_gone(tmp_path):
+    sweep = parse_sweep(dict(data='digits', methods='none', seeds=1, n_train='all', per_class=100_000, epochs=1))
+    dates = []
+    for _ in range(3):
+        df,_ = run_sweep(sweep, tmp_path, jobs=1, device='cpu')
+        dates.append(df.date.iloc[0])
+        if len(dates)<2: continue
+        for file in (tmp_path/'runs').glob('*.json'): file.unlink()
+        time.sleep(1.1)
+    assert dates[0]==dates[1]<dates[2]
+
 def test_a_study_remembers_a_diverged_trial_with_zero(tmp_path, monkeypatch):
     from phantom_nb.experiments import tune
     monkeypatch.setattr(tune, 'run_one', lambda run, *args, **kwargs: dict(key=run.key, status='diverged', valid_accuracy=.5))

@@ -376,6 +376,8 @@ def find_images(
     folder = Path(folder).expanduser()
     if not folder.is_dir(): raise FileNotFoundError(f"{str(folder)!r} is not a folder")
     dirs = _split_dirs(folder)
+    if dirs['train'] and not _folders(dirs['train']) and _has_images(dirs['train']):
+        if _has_other_folders(folder, dirs): dirs['train'] = None # images of trains, beside those of other vehicles
     if dirs['test'] and not dirs['train'] and not _has_other_folders(folder, dirs):
         raise ValueError(f"{folder}: there is {dirs['test'].name!r} and no train; {LAYOUTS}")
     train = dirs['train'] or folder

@@ -25,7 +25,7 @@ from ..checks import number, whole
 from .augment import Augment, BatchTransforms, make_augment
 from .images import ImageData, check_memory, image_bytes, read_image, resize_images
 from .readers import is_folder, load_dataset
-from .subsets import long_tail, noisy_labels, split_pool
+from .subsets import _checked_size, balanced_queue, long_tail, noisy_labels, split_pool
 
 # %% ../../nbs/data/loaders.ipynb #6b7c740b
 def _item_bytes(item, shape):
@@ -252,7 +252,10 @@ def _validation(data, n_valid, seed):
     "A data set's own validation split, or `n_valid` images of it"
     x,y = data.x_valid,data.y_valid
     mixed = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)) # for what looks at a few batches
-    kept = mixed if n_valid is None else split_pool(y, n_valid, 0, seed)[0]
+    kept = mixed
+    if n_valid is not None:
+        order,_,most = balanced_queue(y, seed)
+        kept = order[:_checked_size('n_valid', n_valid, len(y.unique()), most)]
     return ImageSet(x[kept], y[kept], data)
 
 def _fewest(y):

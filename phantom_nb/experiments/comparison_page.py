@@ -67,7 +67,7 @@ def _moved(df, baseline):
         part = part.sort_values('diff', key=abs, ascending=False)
         told = ', '.join(f"{row.method} ({row.diff:+.2g})" for row in part.head(4).itertuples())
         advice = 'A temperature mends it as well, at no cost.' if name=='ece' else ''
-        plain = f"{part.plain.iloc[0]:.3g} in plain training"
+        plain = f"{part.plain.iloc[0]:.3g} in {'plain training' if baseline=='none' else baseline}"
         yield Finding('see', f"{sentence_start(QUANTITIES[name])}, {plain}, is changed by {told}.", advice)
 
 
@@ -75,7 +75,7 @@ def _moved(df, baseline):
 def _ground(df, baseline):
     "Findings on plain training: does it fit, and is it usual?"
     plain = df[df.method==baseline]
-    if not len(plain) or 'train_accuracy' not in plain: return
+    if baseline!='none' or not len(plain) or 'train_accuracy' not in plain: return
     held = plain.get('accuracy', plain.get('valid_accuracy', np.nan))
     fits,gap = 100*plain.train_accuracy.mean(), 100*(plain.train_accuracy-held).mean()
     fact,advice = unfit_words(plain)

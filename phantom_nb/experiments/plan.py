@@ -25,7 +25,7 @@ from .engines import share_out
 from .learner import load_data, step_seconds
 from .methods import all_methods, read_method
 from .run import DATA_NAMES, Run
-from .stats import smallest_detectable
+from .stats import SAME, _all_equal, smallest_detectable
 from .store import write_atomic
 
 # %% ../../nbs/experiments/plan.ipynb #ff7ee1bb
@@ -182,6 +182,12 @@ def validation_images(
     return each*len(counts)
 
 # %% ../../nbs/experiments/plan.ipynb #54f62d44
+def _choosing(images):
+    "How many images choose the method: of its own validation images, else of those that train"
+    if images.x_valid is None: return validation_images(images.y_train, names=images.classes)
+    counts = np.bincount(images.y_valid)
+    return int((counts>0).sum()*counts[counts>0].min())
+
 def plan_comparison(
     run:Run, # fields that all runs share; its method, seed and epochs do not matter
     budget:float, # seconds for everything
@@ -196,14 +202,15 @@ def plan_comparison(
     data = load_data(run, root)
     if not has_test_images(run.data, root): run = replace(run, folds=5)
     images = load_data(run, root) if run.folds else data
-    run = replace(run, n_valid=run.n_valid or validation_images(images.y_train, names=images.classes), test=True)
+    run = replace(run, n_valid=run.n_valid or _choosing(images), test=True)
     n_gpus = torch.cuda.device_count() if device is None else 0
     jobs,threads = share_out(1000, jobs, n_gpus)
     before = torch.get_num_threads()
     if jobs>1: torch.set_num_threads(threads) # as the engines do
     try: step = step_seconds(replace(run, method='none', settings=()), root, device, steps=3)
     finally: torch.set_num_threads(before)
-    n = run.per_class*len(images.classes) if run.per_class else run.n_train or len(images.y_train)-run.n_valid
+    pool = len(images.y_train)-run.n_valid*(images.x_valid is None)
+    n = run.per_class*len(images.classes) if run.per_class else run.n_train or pool
     epoch = step*math.ceil(n/run.bs)
     judging = step/3*(n+run.n_valid+len(images.y_test))/run.bs # forward passes alone cost about a third of a step
     usual = SIZES[run.data][1] if run.data in SIZES else 10 if run.pretrained else 30
@@ -280,11 +287,11 @@ def mean_and_interval(
     d:ArrayLike, # (n,) paired differences
     held_out:float=0., # share of the images held out by each division, 0 for a fixed test set
     level:float=.95 # coverage in (0,1)
-)->tuple: # mean, low end, high end; the ends are NaN for fewer than two values
+)->tuple: # mean, low end, high end; the ends are NaN for fewer than two values, and if all are equal
     "Compute a mean difference and its interval (eq. 3; overlapping training sets, eq. 4: Nadeau and Bengio 2003)."
     d = np.asarray(d, dtype=float)
     n = len(d)
-    if n<2: return d.mean(), math.nan, math.nan
+    if n<2 or _all_equal(d): return d.mean(), math.nan, math.nan
     half = scipy_stats.t.ppf((1+level)/2, n-1)*d.std(ddof=1)*math.sqrt(1/n + held_out/(1-held_out))
     return d.mean(), d.mean()-half, d.mean()+half
 
@@ -306,6 +313,34 @@ def _versus(values, method):
     "Mean accuracy of a method and of plain training, in words"
     return f"{100*values[method].mean():.1f} % against {100*values['none'].mean():.1f} % of plain training"
 
+def _too_few(df, valid, n_runs, fewest):
+    "Why no method can be chosen yet, or at all"
+    if len(df)<n_runs:
+        return f"{(df.status=='done').sum()} of {n_runs} runs are finished, too few to choose a method: that takes " \
+            f"{counted(fewest, 'seed')} of every method."
+    weak = ', '.join(valid.columns[valid.isna().any()])
+    n = counted(len(valid.dropna()), 'seed')
+    return f"{n} finished with every method, too few to choose one: leave out {weak}."
+
+def _judged(df, shared, chosen, unfit, folds):
+    "What the chosen method is worth on the test images, and what follows"
+    done = df[df.status=='done']
+    test = done.pivot_table(index='seed', columns='method', values='accuracy')[['none',chosen]].dropna()
+    mean,low,high = mean_and_interval(test[chosen]-test['none'], 1/folds if folds else 0.)
+    size = f"{100*mean:+z.1f} points" + (f" [{100*low:+z.1f}, {100*high:+z.1f}]" if math.isfinite(low) else '')
+    n = f"{done.n_valid.iloc[0]:.0f} " if 'n_valid' in done else ''
+    first = f"Chosen on {n}validation images: {chosen}, {_versus(shared, chosen)}. " \
+        f"On the test images: {_versus(test, chosen)}, {size}, {counted(len(test), 'seed')}" \
+        f"{'; unlike the table, this interval counts that the parts share training images' if folds else ''}."
+    missing = (df[df.method==chosen].status!='done').sum()
+    if not math.isfinite(low): then = SAME if len(test)>1 else "One seed cannot tell luck from effect: give more time."
+    elif unfit: then = unfit
+    elif missing: then = f"But {counted(missing, 'run')} of {chosen} failed or diverged: do not rely on it here."
+    elif low>0: then = f"Use {chosen} on these images."
+    elif high<0: then = "On the test images it is worse: use plain training."
+    else: then = f"Nothing is shown: the interval contains zero. Use plain training. {other_ways(done)}".rstrip()
+    return f"{first} {then}"
+
 def advise(
     df:pd.DataFrame, # rows of a planned comparison, with valid_accuracy and accuracy
     folds:int=0, # of cross-validation; 0 for a fixed test set
@@ -316,17 +351,15 @@ def advise(
     done = df[df.status=='done']
     if not (done.method=='none').any(): return "No plain training is finished, so nothing can be compared yet."
     valid = done.pivot_table(index='seed', columns='method', values='valid_accuracy')
-    lost = [name for name,part in df.groupby('method') if len(part)>=seeds and name not in valid] # in every seed
+    fewest,there = min(3, seeds),valid.count() # seeds: that it takes, that a method has
+    lost = [name for name,part in df.groupby('method') if len(part)>=seeds and there.get(name, 0)<fewest]
     if lost:
         kept = None if methods is None else [m for m in methods if read_methods([m])[0][0] not in lost]
         said = advise(df[~df.method.isin(lost)], folds, kept, seeds)
-        return f"{said} Not judged: {', '.join(lost)}, which failed or diverged in every run."
+        return f"{said} Not judged: {', '.join(lost)}, which failed or diverged."
     if methods is not None: valid = valid.reindex(columns=[name for name,_ in read_methods(methods)])
     shared = valid.dropna()
-    fewest = min(3, seeds)
-    if methods is not None and len(shared)<fewest:
-        return f"{len(done)} of {len(methods)*seeds} runs are finished, too few to choose a method: " \
-            f"that takes {counted(fewest, 'seed')} of every method."
+    if methods is not None and len(shared)<fewest: return _too_few(df, valid, len(methods)*seeds, fewest)
     if list(valid)==['none'] and methods is not None: return "There is only plain training: name a method to compare."
     if valid.shape[1]<2 or not len(shared): return "No other method shares a seed with plain training yet."
     chosen = shared.mean().drop('none').idxmax()
@@ -335,18 +368,7 @@ def advise(
         then = unfit or f"Use plain training. {other_ways(done)}".rstrip()
         return f"No method beat plain training on the validation images; the closest was {chosen} " \
             f"({_versus(shared, chosen)}). {then}"
-    test = done.pivot_table(index='seed', columns='method', values='accuracy')[['none',chosen]].dropna()
-    mean,low,high = mean_and_interval(test[chosen]-test['none'], 1/folds if folds else 0.)
-    size = f"{100*mean:+z.1f} points" + (f" [{100*low:+z.1f}, {100*high:+z.1f}]" if math.isfinite(low) else '')
-    n = f"{done.n_valid.iloc[0]:.0f} " if 'n_valid' in done else ''
-    first = f"Chosen on {n}validation images: {chosen}, {_versus(shared, chosen)}. " \
-        f"On the test images: {_versus(test, chosen)}, {size}, {counted(len(test), 'seed')}" \
-        f"{'; unlike the table, this interval counts that the parts share training images' if folds else ''}."
-    if not math.isfinite(low): return f"{first} One seed cannot tell luck from effect: give more time."
-    if unfit: return f"{first} {unfit}"
-    if low>0: return f"{first} Use {chosen} on these images."
-    if high<0: return f"{first} On the test images it is worse: use plain training."
-    return f"{first} Nothing is shown: the interval contains zero. Use plain training. {other_ways(done)}".rstrip()
+    return _judged(df, shared, chosen, unfit, folds)
 
 def other_ways(
     df:pd.DataFrame # finished runs, with model, size and pretrained

@@ -134,7 +134,8 @@ def name_images(
 )->list: # the same runs; those on a folder say which images lie in it
     "Write the digest of its images into each run on a folder (ours)."
     runs = list(runs)
-    folders = {run.data for run in runs if not run.images and is_folder(run.data) and run.data not in PHOTOS}
+    folders = {run.data for run in runs if not run.images and is_folder(run.data)
+        and (run.data not in PHOTOS or Path(run.data).is_dir())}
     digests = {data:folder_digest(data) for data in folders}
     return [run if run.images or run.data not in digests else replace(run, images=digests[run.data]) for run in runs]
 

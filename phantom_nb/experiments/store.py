@@ -166,10 +166,10 @@ def restore_rows(
     path:str|Path, # .jsonl file; nothing happens if it is not there
     store:str|Path # folder of results
 ):
-    "Lay the rows of a file out in a store, so that their runs are not trained again (ours)."
+    "Lay the rows of a file out in a store, so that their runs are not trained again; runs that failed are (ours)."
     rows = read_lines(path) if Path(path).exists() else []
     foreign = [row for row in rows if not {'method','seed','key'}<=set(row)]
     if foreign: warnings.warn(f"{path}: {len(foreign)} of {len(rows)} rows are of no run, and left out", stacklevel=2)
-    for row in (row for row in rows if row not in foreign):
+    for row in (row for row in rows if row not in foreign and row.get('status')!='failed'): # those may be tried again
         file = Path(store)/f"{row['method']}-{row['seed']}-{row['key']}.json" # as `run_file` says
         if not file.exists(): write_row(file, row)

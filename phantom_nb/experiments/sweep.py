@@ -122,6 +122,11 @@ def factorial(
     random.Random(0).shuffle(designs)
     return designs if take is None else designs[:whole('take', take, 1)]
 
+def _refuse_two_sizes(table):
+    "All images, or so many a class: not both"
+    n,each = (next((v for v in _listed(table.get(name)) if v is not None), None) for name in ('n_train','per_class'))
+    if None not in (n, each): raise ValueError(f"n_train={n!r} and per_class={each!r}: give one of them")
+
 def factorial_runs(
     table:dict # keys of one table, with `factors`
 )->tuple: # `Run`s, seed by seed
@@ -133,6 +138,7 @@ def factorial_runs(
         seeds = check(seeds_of, table.pop('seeds')) or [0]
         designs = check(factorial, table.pop('factors', None), table.pop('take', None)) or []
         for design in designs: check(_try_method, design['method'], design['settings'])
+        for design in designs: check(_refuse_two_sizes, {**table, **design})
         runs = [check(Run, seed=seed, **_with_folder({**table, **design})) for seed in seeds for design in designs]
     return tuple(runs)
 
@@ -169,6 +175,7 @@ def runs_of(
         methods = [method for name in _listed(methods) or [[]] for method in check(methods_of, name) or []]
         for method,given in settings.items():
             for values in check(grid, given) or []: check(full_settings, method, values)
+        check(_refuse_two_sizes, table)
         tables = check(grid, _filled(table, check)) or []
         own = {method:_filled(settings_of(method, settings), check) for method in methods}
         each = [(method,values) for method in methods for values in check(grid, own[method]) or []]

@@ -99,7 +99,8 @@ def mark_best(
     if 'status' in df: score[['valid_accuracy','valid_loss']] = score.where(df.status=='done').iloc[:,1:]
     score = score.fillna(dict(valid_accuracy=0., valid_loss=math.inf)).groupby('trial').mean()
     best = score.sort_values(['valid_accuracy','valid_loss'], ascending=[False,True], kind='stable').index[0]
-    return df.assign(chosen=(df.trial==best) & (len(score)==trials))
+    worked = 'status' not in df or (df[df.trial==best].status=='done').any() # where all failed nothing is chosen
+    return df.assign(chosen=(df.trial==best) & (len(score)==trials) & worked)
 
 def tune_one(
     run:Run, # what to tune; its seed and validation images do not matter
