@@ -205,6 +205,11 @@ def test_parts_of_a_cross_validation_are_one_comparison():
     assert sorted(set(tell_apart(both)[0].n_train))==[20,34]
     assert sorted(set(tell_apart(df.assign(folds=0))[0].n_train))==[33,34] # a fixed test set
 
+def test_all_of_the_images_and_as_many_are_one_comparison():
+    df = pd.concat([rows([None, {}], seed=seed, key=f'{way}{seed}') for seed in range(3) for way in ('1000','all')], ignore_index=True)
+    told,over = tell_apart(df)
+    assert len(told)==6 and comparisons(told, over).runs.tolist()==[3,3]
+
 def test_columns_that_differ_tell_comparisons_apart():
     df = pd.concat([rows([None, {}], model=m) for m in ('small_cnn','vgg')], ignore_index=True)
     assert tell_apart(df)[1]==['data','n_train','model']

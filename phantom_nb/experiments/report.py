@@ -382,6 +382,8 @@ def tell_apart(
     planned:pd.DataFrame|None=None # `run_rows` of all runs that are planned, if those recorded may be few of them
 )->tuple: # the rows, methods named with their settings where these vary; the columns that tell comparisons apart
     "Find what a comparison must not mix (ours)."
+    own = [field.name for field in fields(Run) if field.name in df]
+    df = df[~df[own].astype(str).duplicated()] # 1,000 images and all of 1,000 are one training
     df,over = _sizes_of_parts(df),['data','n_train']
     known = {*over, 'experiment', 'method', 'seed', 'settings'}
     whole = df if planned is None else planned

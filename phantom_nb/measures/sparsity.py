@@ -345,7 +345,8 @@ def measure_sparsity(
     def see(name, a, dim): meters.setdefault(name, SparsityMeter(dim)).add(a if act is None else act(a))
     with evaluating(model) as network, watch.watching(see):
         for batch in batches:
-            network((batch if isinstance(batch, Tensor) else batch[0]).to(device_of(network)))
+            x = batch if isinstance(batch, Tensor) else batch[0]
+            network(x.to(device_of(network)) if isinstance(x, Tensor) else x)
             n_batches += 1
     if not n_batches: raise ValueError("batches is empty: give at least one batch of inputs")
     if not meters: raise watch.nothing_seen()
