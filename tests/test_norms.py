@@ -154,6 +154,18 @@ def test_what_works_in_place_is_seen(work):
     cb = fit(NormalizeAndProject(), model=Between(work)).normalize_and_project
     assert list(cb.pairs)==['first']
 
+@pytest.mark.parametrize('inplace', [True, False])
+@pytest.mark.parametrize('rectifier', [nn.ReLU, nn.LeakyReLU])
+def test_a_rectifier_lets_a_factor_through(rectifier, inplace):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), rectifier(inplace=inplace), nn.BatchNorm1d(16), nn.Linear(16, 10))
+    learn = fit(NormalizeAndProject(), model=model)
+    assert list(learn.normalize_and_project.pairs)==['1']
+    x,model = torch.randn(5, 64),learn.model.eval()
+    before = model(x)
+    project_norm(model[1], model[3], 2*weight_norm(model[1]))
+    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+
 class Twice(nn.Module):
     "One layer runs twice; each of its outputs has a normalisation of its own, or only the first has one"
     def __init__(self, both):

@@ -45,6 +45,7 @@ def project_norm(
 
 # %% ../../nbs/regularizers/norms.ipynb #89601006
 NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_RECTIFIERS = (nn.ReLU, nn.LeakyReLU) # a positive factor goes through
 
 def _readers(loss):
     "How many nodes of a loss's autograd graph read each node"
@@ -62,7 +63,7 @@ class NormalizeAndProject(Regularizer):
     by_hand = "call project_norm(layer, normalisation, norm) after opt.step() yourself"
     _growth:float|Tensor
     _calls:dict # name -> how often it ran in a forward pass
-    _nodes:dict # name -> node of the autograd graph that made the output, until its readers are counted
+    _nodes:dict # name -> nodes of the autograd graph from its output to the normalisation, until readers are counted
     def __init__(self,
         lam:float|Callable=1., # in [0,1]: 1 projects in full, 0 does nothing; or an annealer
         every:int=1, # steps from one projection to the next, >= 1
@@ -102,21 +103,23 @@ class NormalizeAndProject(Regularizer):
         if self.pairs: return
         self.close()
         names = {module:name for name,module in self.selected.items()}
-        outputs = {} # of the layers, kept while the pass runs, so that no other tensor gets their place
+        outputs,inside = {},{} # of the layers, kept while the pass runs, so that no other tensor gets their place
         self._calls = {}
-        def leave(call):
-            if call.module not in names: return
-            name,changes = names[call.module],call.out._version
-            outputs[id(call.out)] = (name, call.out, changes)
-            self._calls[name] = self._calls.get(name, 0)+1
+        def keep(out, name, nodes): outputs[id(out)] = (name, out, out._version, [*nodes, out.grad_fn])
         def enter(call):
-            if not (isinstance(call.module, NORMALISATIONS) and id(call.x) in outputs): return
-            name,out,changes = outputs[id(call.x)]
-            if out._version==changes: # nothing has worked in place between the two
-                self.pairs[name] = (self.selected[name], call.module)
-                self._nodes[name] = call.x.grad_fn
-        normalisations = {name:m for name,m in self.model.named_modules() if isinstance(m, NORMALISATIONS)}
-        self._hooks = catch(self.model, {**self.selected, **normalisations}, before=enter, after=leave)
+            name,out,changes,nodes = outputs.get(id(call.x), ('', None, 0, []))
+            if not name or out._version!=changes: return # another tensor, or something has worked in place
+            if isinstance(call.module, _RECTIFIERS): inside[call.module] = (name, nodes)
+            if isinstance(call.module, NORMALISATIONS):
+                self.pairs[name],self._nodes[name] = (self.selected[name], call.module),nodes
+        def leave(call):
+            if call.module in inside: keep(call.out, *inside.pop(call.module))
+            if call.module not in names: return
+            name = names[call.module]
+            keep(call.out, name, [])
+            self._calls[name] = self._calls.get(name, 0)+1
+        others = {name:m for name,m in self.model.named_modules() if isinstance(m, NORMALISATIONS+_RECTIFIERS)}
+        self._hooks = catch(self.model, {**self.selected, **others}, before=enter, after=leave)
         self._hooks.__enter__()
 
     def close(self):
@@ -130,7 +133,8 @@ class NormalizeAndProject(Regularizer):
     def _leave_out_shared(self):
         "Leave out layers whose output something besides the normalisation reads, such as a residual branch"
         readers = _readers(self.learn.loss)
-        shared = [name for name,node in self._nodes.items() if readers.get(node, 1)>1 or self._calls[name]>1]
+        shared = [name for name,nodes in self._nodes.items()
+            if self._calls[name]>1 or any(readers.get(node, 1)>1 for node in nodes)]
         for name in shared: del self.pairs[name]
         self._nodes = {}
         words = "not one normalisation alone reads what comes out of it, so its length matters"
