@@ -125,13 +125,14 @@ class SecondPass(Regularizer):
     def _loss_again(self):
         "Loss of the same batch, in the precision of training"
         device,(on,dtype) = next(self.model.parameters()).device.type,self._autocast
+        # a cache would hold the weights of the first pass
         again = getattr(self.learn, 'again', None) # of a loop of one's own
         if again:
-            with torch.autocast(device, dtype=dtype, enabled=on): return again()
+            with torch.autocast(device, dtype=dtype, enabled=on, cache_enabled=False): return again()
         # parallel wrappers count their forward passes; the gradients are averaged when the optimizer's are
         model = self.learn.model
         if isinstance(model, (DataParallel, DistributedDataParallel)): model = model.module
-        with torch.autocast(device, dtype=dtype, enabled=on): pred = model(*self.learn.xb)
+        with torch.autocast(device, dtype=dtype, enabled=on, cache_enabled=False): pred = model(*self.learn.xb)
         return self.learn.loss_func(to_float(pred) if on else pred, *self.learn.yb)
 
     def after_pred(self): # before mixed precision ends for this batch

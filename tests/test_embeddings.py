@@ -245,6 +245,15 @@ def test_the_margin_of_given_pairs_takes_any_whole_type(dtype):
     pairs = lookalike_pairs(z, y)
     assert lookalike_margin(z, y.to(dtype), pairs)==lookalike_margin(z, y, pairs)
 
+def test_inputs_may_be_several():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+        def forward(self, x): return self.fc(x[0]+x[1])
+    batches = [((torch.randn(3, 4), torch.randn(3, 4)), torch.tensor([0,1,1]))]
+    assert embeddings_of(Two(), batches)[0].shape==(3, 4)
+
 def test_batches_go_where_the_network_is():
     "The meta device stands for a GPU"
     net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).to('meta')

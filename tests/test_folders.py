@@ -491,9 +491,14 @@ def test_wrong_numbers_for_loaders_are_named(kw, what):
     with pytest.raises(ValueError, match=what): get_dls('digits', **kw)
 
 def test_a_class_may_be_called_train(tmp_path):
-    tree(tmp_path, dict(train=6, bus=6, test=6))
+    tree(tmp_path, dict(train=6, bus=6, car=6))
     data = load_dataset(str(tmp_path))
-    assert data.classes==['bus','test','train'] and len(data.x_train)+len(data.x_test)==18
+    assert data.classes==['bus','car','train'] and len(data.x_train)+len(data.x_test)==18
+
+@pytest.mark.parametrize('others', [['test1'], ['valid','masks'], ['test'], ['val_2']])
+def test_images_of_a_split_without_classes_are_no_class(tmp_path, others):
+    tree(tmp_path, {'train':6, **{name:6 for name in others}})
+    with pytest.raises(ValueError, match='no folder of a class in .*train'): load_dataset(str(tmp_path))
 
 def test_a_folder_of_ones_own_with_the_name_of_a_known_one_is_followed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -166,6 +166,19 @@ def test_a_rectifier_lets_a_factor_through(rectifier, inplace):
     project_norm(model[1], model[3], 2*weight_norm(model[1]))
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
 
+class Siamese(nn.Module):
+    "One layer runs twice, each time into the same normalisation"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(256, 10)
+    def forward(self, x): return self.head((self.body(x)+self.body(x.flip(-1))).flatten(1))
+
+def test_a_layer_that_runs_twice_into_one_normalisation_is_free(recwarn):
+    assert list(fit(NormalizeAndProject(), model=Siamese()).normalize_and_project.pairs)==['body.0']
+    assert not [w for w in recwarn if 'leaves out' in str(w.message)]
+
 class Twice(nn.Module):
     "One layer runs twice; each of its outputs has a normalisation of its own, or only the first has one"
     def __init__(self, both):

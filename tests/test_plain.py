@@ -368,10 +368,12 @@ def test_a_second_pass_has_the_precision_of_the_first(inside, batch):
     model,(x,y),seen = network(),batch,[]
     model[3].register_forward_hook(lambda *a: seen.append(a[2].dtype))
     mixed = torch.autocast('cpu', dtype=torch.bfloat16)
-    with attach(model, SAM(0.)) as penalty:
-        with mixed: loss = cross_entropy(model(x), y)
-        with mixed if inside else nullcontext(): penalty(y, loss=loss, again=lambda: cross_entropy(model(x), y))
-    assert seen==[torch.bfloat16]*2
+    with attach(model, SAM(1.)) as penalty:
+        with mixed:
+            loss = cross_entropy(model(x), y)
+            if inside: term = penalty(y, loss=loss, again=lambda: cross_entropy(model(x), y))
+        if not inside: term = penalty(y, loss=loss, again=lambda: cross_entropy(model(x), y))
+    assert seen==[torch.bfloat16]*2 and term.item()>.01 # at displaced weights, not at those of autocast's cache
 
 def test_outputs_behind_a_loss_are_found(batch):
     class WithLoss(nn.Module):

@@ -284,6 +284,8 @@ def test_a_method_that_diverged_in_some_runs_neither_blocks_nor_is_relied_on():
     assert 'Use mixup on these images' in said and said.endswith('Not judged: sam, which failed or diverged.')
     assert advise(pd.DataFrame(lose(found, 'mixup', [0,1])), methods=names, seeds=5).endswith('But 2 runs of mixup failed or diverged: do not rely on it here.')
     both = lose(lose(found, 'mixup', [0,1]), 'sam', [2,3])
+    failed = advise(pd.DataFrame(lose(found, 'none', [0,1,2])), methods=names, seeds=5)
+    assert failed=='2 seeds finished with every method, too few to choose one: plain training failed or diverged in 3, try a smaller learning rate.'
     assert advise(pd.DataFrame(both), methods=names, seeds=5)=='1 seed finished with every method, too few to choose one: leave out mixup, sam.'
 
 def test_a_small_validation_folder_chooses_whole(monkeypatch, tmp_path):

@@ -199,7 +199,7 @@ def test_parts_of_a_cross_validation_are_one_comparison():
     "They differ by some images; sizes that are asked for stay apart"
     sizes = [33,34,34,33,34]
     df = pd.concat([rows([None, {}], n_train=n, seed=seed, folds=5) for seed,n in enumerate(sizes)], ignore_index=True)
-    assert set(tell_apart(df)[0].n_train)=={34} and df.n_train.nunique()==2
+    assert set(tell_apart(df)[0].n_train)=={34} and df.n_train.nunique()==2 and tell_apart(df)[0].n_train.dtype=='int64'
     few = pd.concat([rows([None, {}], n_train=20, seed=seed, folds=5) for seed in range(5)], ignore_index=True)
     both = pd.concat([df, few], ignore_index=True)
     assert sorted(set(tell_apart(both)[0].n_train))==[20,34]
@@ -209,6 +209,8 @@ def test_all_of_the_images_and_as_many_are_one_comparison():
     df = pd.concat([rows([None, {}], seed=seed, key=f'{way}{seed}') for seed in range(3) for way in ('1000','all')], ignore_index=True)
     told,over = tell_apart(df)
     assert len(told)==6 and comparisons(told, over).runs.tolist()==[3,3]
+    lost = df.assign(status=['failed' if key.startswith('1000') else 'done' for key in df.key])
+    assert set(tell_apart(lost)[0].status)=={'done'}
 
 def test_columns_that_differ_tell_comparisons_apart():
     df = pd.concat([rows([None, {}], model=m) for m in ('small_cnn','vgg')], ignore_index=True)

@@ -280,6 +280,12 @@ def _split_dirs(folder):
     there = {found.name.lower(): found for found in _folders(folder)}
     return {split: next((there[name] for name in names if name in there), None) for split,names in SPLITS.items()}
 def _has_other_folders(folder, dirs): return bool({*_folders(folder)}-{*dirs.values()})
+def _are_classes(folder, dirs):
+    "Whether a folder called train, with images in it, lies among classes: no other split is there, in any number"
+    others = {*_folders(folder)}-{dirs['train']}
+    words = {re.sub(r'[\W\d_]+$', '', other.name.lower()) for other in others}
+    splits = {name for names in SPLITS.values() for name in names}
+    return bool(others) and not words & splits and all(map(_has_images, others))
 def _has_images(folder): return any(map(_is_image, os.scandir(folder)))
 
 # %% ../../nbs/data/images.ipynb #f119564f
@@ -377,7 +383,7 @@ def find_images(
     if not folder.is_dir(): raise FileNotFoundError(f"{str(folder)!r} is not a folder")
     dirs = _split_dirs(folder)
     if dirs['train'] and not _folders(dirs['train']) and _has_images(dirs['train']):
-        if _has_other_folders(folder, dirs): dirs['train'] = None # images of trains, beside those of other vehicles
+        if _are_classes(folder, dirs): dirs['train'] = None # images of trains, beside those of other vehicles
     if dirs['test'] and not dirs['train'] and not _has_other_folders(folder, dirs):
         raise ValueError(f"{folder}: there is {dirs['test'].name!r} and no train; {LAYOUTS}")
     train = dirs['train'] or folder

@@ -318,9 +318,11 @@ def _too_few(df, valid, n_runs, fewest):
     if len(df)<n_runs:
         return f"{(df.status=='done').sum()} of {n_runs} runs are finished, too few to choose a method: that takes " \
             f"{counted(fewest, 'seed')} of every method."
-    weak = ', '.join(valid.columns[valid.isna().any()])
-    n = counted(len(valid.dropna()), 'seed')
-    return f"{n} finished with every method, too few to choose one: leave out {weak}."
+    n,plain = counted(len(valid.dropna()), 'seed'),valid['none'].isna().sum()
+    weak = ', '.join(name for name in valid if name!='none' and valid[name].isna().any())
+    then = f"leave out {weak}"
+    if plain: then = f"plain training failed or diverged in {plain}, try a smaller learning rate"
+    return f"{n} finished with every method, too few to choose one: {then}."
 
 def _judged(df, shared, chosen, unfit, folds):
     "What the chosen method is worth on the test images, and what follows"
@@ -352,7 +354,8 @@ def advise(
     if not (done.method=='none').any(): return "No plain training is finished, so nothing can be compared yet."
     valid = done.pivot_table(index='seed', columns='method', values='valid_accuracy')
     fewest,there = min(3, seeds),valid.count() # seeds: that it takes, that a method has
-    lost = [name for name,part in df.groupby('method') if len(part)>=seeds and there.get(name, 0)<fewest]
+    others = df[df.method!='none'].groupby('method')
+    lost = [name for name,part in others if len(part)>=seeds and there.get(name, 0)<fewest]
     if lost:
         kept = None if methods is None else [m for m in methods if read_methods([m])[0][0] not in lost]
         said = advise(df[~df.method.isin(lost)], folds, kept, seeds)

@@ -375,7 +375,7 @@ def _sizes_of_parts(df):
         if by_seed.nunique().nunique()>1: continue # not all sizes are there yet
         rank = by_seed.rank(method='dense')
         sizes[part.index] = part.n_train.astype(float).groupby(rank).transform('max')
-    return df.assign(n_train=sizes)
+    return df.assign(n_train=sizes.astype(int) if sizes.notna().all() else sizes)
 
 def tell_apart(
     df:pd.DataFrame, # rows of `load_results`
@@ -383,7 +383,9 @@ def tell_apart(
 )->tuple: # the rows, methods named with their settings where these vary; the columns that tell comparisons apart
     "Find what a comparison must not mix (ours)."
     own = [field.name for field in fields(Run) if field.name in df]
-    df = df[~df[own].astype(str).duplicated()] # 1,000 images and all of 1,000 are one training
+    order = np.argsort(df.status!='done', kind='stable') if 'status' in df else np.arange(len(df)) # finished ones first
+    twice = df.iloc[order][own].astype(str).duplicated().to_numpy() # 1,000 images, and all of 1,000
+    df = df.iloc[np.sort(np.asarray(order)[~twice])]
     df,over = _sizes_of_parts(df),['data','n_train']
     known = {*over, 'experiment', 'method', 'seed', 'settings'}
     whole = df if planned is None else planned

@@ -158,7 +158,7 @@ def embeddings_of(
     classes = []
     with evaluating(model) as network, watch_head(network, head, n_out) as seen:
         for x,y in dl:
-            network(x.to(device_of(network)))
+            network(x.to(device_of(network)) if isinstance(x, Tensor) else x)
             classes.append(y.as_subclass(Tensor))
     if not classes: raise ValueError(f"dl={dl!r}: gives no batch, so there is nothing to measure")
     z,logits = map(torch.cat, zip(*seen))

@@ -63,6 +63,7 @@ class NormalizeAndProject(Regularizer):
     by_hand = "call project_norm(layer, normalisation, norm) after opt.step() yourself"
     _growth:float|Tensor
     _calls:dict # name -> how often it ran in a forward pass
+    _met:dict # name -> normalisations that its outputs went into
     _nodes:dict # name -> nodes of the autograd graph from its output to the normalisation, until readers are counted
     def __init__(self,
         lam:float|Callable=1., # in [0,1]: 1 projects in full, 0 does nothing; or an annealer
@@ -96,7 +97,7 @@ class NormalizeAndProject(Regularizer):
             if 'weight' not in module._parameters: # parametrized, old weight_norm and spectral_norm, pruned
                 raise ValueError(f"layer {name!r} is parametrized: its weight is computed anew each time, "
                     "leave it out by layers=...")
-        self.pairs,self._nodes,self._calls = {},{},{}
+        self.pairs,self._nodes,self._calls,self._met = {},{},{},{}
         for name,module in self.selected.items(): self.norms.setdefault(name, weight_norm(module))
 
     def open(self):
@@ -104,14 +105,16 @@ class NormalizeAndProject(Regularizer):
         self.close()
         names = {module:name for name,module in self.selected.items()}
         outputs,inside = {},{} # of the layers, kept while the pass runs, so that no other tensor gets their place
-        self._calls = {}
+        self._nodes,self._calls,self._met = {},{},{}
         def keep(out, name, nodes): outputs[id(out)] = (name, out, out._version, [*nodes, out.grad_fn])
         def enter(call):
             name,out,changes,nodes = outputs.get(id(call.x), ('', None, 0, []))
             if not name or out._version!=changes: return # another tensor, or something has worked in place
             if isinstance(call.module, _RECTIFIERS): inside[call.module] = (name, nodes)
             if isinstance(call.module, NORMALISATIONS):
-                self.pairs[name],self._nodes[name] = (self.selected[name], call.module),nodes
+                self.pairs[name] = (self.selected[name], call.module)
+                self._nodes.setdefault(name, []).extend(nodes)
+                self._met.setdefault(name, []).append(call.module)
         def leave(call):
             if call.module in inside: keep(call.out, *inside.pop(call.module))
             if call.module not in names: return
@@ -134,7 +137,8 @@ class NormalizeAndProject(Regularizer):
         "Leave out layers whose output something besides the normalisation reads, such as a residual branch"
         readers = _readers(self.learn.loss)
         shared = [name for name,nodes in self._nodes.items()
-            if self._calls[name]>1 or any(readers.get(node, 1)>1 for node in nodes)]
+            if len({*self._met[name]})>1 or len(self._met[name])<self._calls[name]
+            or any(readers.get(node, 1)>1 for node in nodes)]
         for name in shared: del self.pairs[name]
         self._nodes = {}
         words = "not one normalisation alone reads what comes out of it, so its length matters"
