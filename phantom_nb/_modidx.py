@@ -219,6 +219,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'phantom_nb.data.images.ImageData.resized': ( 'data/images.html#imagedata.resized',
                                                                                       'phantom_nb/data/images.py'),
                                         'phantom_nb.data.images.ImageFolder': ('data/images.html#imagefolder', 'phantom_nb/data/images.py'),
+                                        'phantom_nb.data.images._are_classes': ( 'data/images.html#_are_classes',
+                                                                                 'phantom_nb/data/images.py'),
                                         'phantom_nb.data.images._cache': ('data/images.html#_cache', 'phantom_nb/data/images.py'),
                                         'phantom_nb.data.images._check_splits': ( 'data/images.html#_check_splits',
                                                                                   'phantom_nb/data/images.py'),
