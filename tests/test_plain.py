@@ -1,6 +1,5 @@
 "The same regularizers in other people's loops: the gradients of a Learner, and a network that is left as it was"
 import copy, io, logging, re, warnings
-from contextlib import nullcontext
 from functools import partial
 
 import pytest, torch
