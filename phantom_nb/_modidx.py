@@ -2159,7 +2159,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'phantom_nb.plain._logits': ('plain.html#_logits', 'phantom_nb/plain.py'),
                                   'phantom_nb.plain.attach': ('plain.html#attach', 'phantom_nb/plain.py'),
                                   'phantom_nb.plain.attach.__call__': ('plain.html#attach.__call__', 'phantom_nb/plain.py'),
-                                  'phantom_nb.plain.attach.__deepcopy__': ('plain.html#attach.__deepcopy__', 'phantom_nb/plain.py'),
                                   'phantom_nb.plain.attach.__enter__': ('plain.html#attach.__enter__', 'phantom_nb/plain.py'),
                                   'phantom_nb.plain.attach.__exit__': ('plain.html#attach.__exit__', 'phantom_nb/plain.py'),
                                   'phantom_nb.plain.attach.__init__': ('plain.html#attach.__init__', 'phantom_nb/plain.py'),
