@@ -64,7 +64,7 @@ def test_claims_agree_with_student():
 
 def _rows(accuracies, valid):
     "Weights by seeds"
-    return pd.DataFrame([dict(setting='a', method='m', weight=w, seed=i, accuracy=a, valid_accuracy=valid[w][i], status='done')
+    return pd.DataFrame([dict(setting='a', method='m', weight=w, seed=i, accuracy=a, valid_accuracy=valid[w][i], status='done', machine='cpu')
         for w,values in accuracies.items() for i,a in enumerate(values)])
 
 def test_the_other_seeds_choose():
@@ -84,6 +84,12 @@ def test_a_seed_whose_chosen_run_diverged_is_left_out():
     assert best_weight(runs.assign(method='mixup'), 'alpha')=='alpha=1' # a mean of .27 with the diverged one
     runs.loc[4,'status'] = 'failed'
     assert best_weight(runs.assign(method='mixup'), 'alpha')=='alpha=0.1'
+
+def test_a_weight_is_not_suggested_for_the_seeds_that_it_alone_has():
+    "A half of a pair is trained at one weight; here with seed 9, whose validation images are easy"
+    runs = _rows({.1:[1, 2, 3], 1.:[10, 20, 30]}, {.1:[.1]*3, 1.:[.2]*3}).assign(method='mixup', settings=[{'alpha':w} for w in (.1,1.) for _ in range(3)])
+    easy = runs.head(1).assign(seed=9, valid_accuracy=.9)
+    assert best_weight(pd.concat([runs, easy], ignore_index=True), 'alpha')=='alpha=1'
 
 def test_a_suggested_weight_makes_the_method_that_was_measured():
     "With the settings that are not its defaults"

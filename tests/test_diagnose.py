@@ -228,6 +228,8 @@ def test_a_band_needs_twenty_networks():
     many = pd.DataFrame([row|dict(key=str(i), valid_accuracy=.5+i/1000) for i in range(100)])
     told, = reference_bands(many).values()
     assert told['networks']==60 and told['gap'][0]>told['gap'][-1]-.1
+    assert reference_bands(many.assign(imbalance=20.))=={}==reference_bands(many.assign(label_noise=.4)) # made harder on purpose
+    assert reference_bands(many.assign(imbalance=math.nan)).keys()==reference_bands(many).keys()
     tested = many.assign(accuracy=many.valid_accuracy, valid_accuracy=math.nan, ece=.3, valid_ece=math.nan)
     again, = reference_bands(tested).values()
     assert again['gap']==told['gap'] and set(again['ece'])=={.3} # judged on test images

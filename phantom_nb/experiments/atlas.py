@@ -68,6 +68,12 @@ def _by_weight(runs, column):
     "Weights by seeds"
     return runs.assign(weight=runs.weight.fillna(0)).pivot(index='weight', columns='seed', values=column)
 
+def _with_all_weights(runs):
+    "Runs whose seed has all of the method's weights in that setting, on one kind of machine"
+    same = ['setting','method']
+    found = runs.groupby([*same,'seed','machine']).weight.transform('nunique')
+    return runs[found==runs.groupby(same).weight.transform('nunique')]
+
 def chosen_values(
     runs:pd.DataFrame, # finished runs of one method in one setting
     metric:str='accuracy' # what is judged
@@ -158,6 +164,7 @@ def best_weight(
     name:str # of its weight
 )->str: # such as 'alpha=0.4', or 'lam=1:tau=1' where more than the weight is not the default; as `read_method` reads it
     "Write the weight with the best mean validation accuracy (ours)."
+    runs = _with_all_weights(runs)
     score = runs.valid_accuracy.where(runs.status=='done', -1.)
     best = runs[runs.weight==score.groupby(runs.weight).mean().idxmax()].iloc[0]
     defaults = METHODS[best.method].defaults

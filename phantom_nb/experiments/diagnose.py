@@ -147,8 +147,9 @@ def reference_bands(
 )->dict: # group of `GROUPS` and `SIZES` -> `networks`, `settings`, quantity -> values at `LEVELS` percent, `layers`
     "Condense recorded networks to bands, group by group (ours)."
     df = df.assign(gap=row_quantities(df).gap, short=df.net_layers.isna() if 'net_layers' in df else True)
-    coarse = df.coarse.eq(True) if 'coarse' in df else pd.Series(False, df.index)
-    usable = (df.status=='done') & (df.label_noise==0) & ~coarse & (df.train_accuracy>FIT)
+    none = pd.Series(0., df.index)
+    usual = df.get('coarse', none).ne(True) & df.get('imbalance', none).fillna(1).le(1) & (df.label_noise==0)
+    usable = (df.status=='done') & usual & (df.train_accuracy>FIT)
     df = df[usable & df.net_c3.notna() & df.gap.notna()]
     df = df.drop_duplicates('key').sort_values(['short','key']).groupby(['data','n_train','model'],
         sort=True).head(MOST_OF_A_SETTING)
