@@ -391,6 +391,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'phantom_nb/experiments/atlas.py'),
                                               'phantom_nb.experiments.atlas._settings_of': ( 'experiments/atlas.html#_settings_of',
                                                                                              'phantom_nb/experiments/atlas.py'),
+                                              'phantom_nb.experiments.atlas._with_all_weights': ( 'experiments/atlas.html#_with_all_weights',
+                                                                                                  'phantom_nb/experiments/atlas.py'),
                                               'phantom_nb.experiments.atlas._with_plain': ( 'experiments/atlas.html#_with_plain',
                                                                                             'phantom_nb/experiments/atlas.py'),
                                               'phantom_nb.experiments.atlas.best_weight': ( 'experiments/atlas.html#best_weight',
