@@ -254,6 +254,10 @@ def test_compiled_run_agrees(method):
     assert b['status']=='done', b.get('error')
     assert abs(a['train_loss']-b['train_loss']) < 1e-3*a['train_loss']
 
+def test_a_worker_that_begins_after_its_parent_ended_ends():
+    code = 'import os, time; from phantom_nb.experiments.engines import _end_with_parent as f; f(os.getppid()+1); time.sleep(60)'
+    assert subprocess.run([sys.executable, '-c', code], timeout=50).returncode==1
+
 def test_recorded_rows_keep_their_keys():
     "A new field, or a default that changes, must not rename what is recorded"
     rows = [json.loads(o) for p in (ROOT/'results').glob('*.jsonl') for o in p.read_text().splitlines() if '"key"' in o]

@@ -24,8 +24,8 @@ ENGINES = 'local','ray'
 RUNS_PER_GPU = 4
 
 def _call(work, item, where): return work(item, **where)
-def _call_numbered(i, work, item, where):
-    _end_with_parent()
+def _call_numbered(i, parent, work, item, where):
+    _end_with_parent(parent)
     _keep_freed_memory()
     return i,work(item, **where)
 
@@ -38,14 +38,14 @@ def _keep_freed_memory():
     for option,n_bytes in options.items(): mallopt(option, n_bytes)
 
 @lru_cache
-def _end_with_parent():
-    "Let this worker end within a second after the process that started it, however that one ended"
-    def watch(parent):
+def _end_with_parent(parent):
+    "Let this worker end within a second after the process that started it, which may have ended before this one began"
+    def watch():
         while os.getppid()==parent: time.sleep(1)
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN) # its parent hears Ctrl-C
     warnings.filterwarnings('ignore', '.*: no .* image of ') # and has told what the data lack
-    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 @contextmanager
 def _interrupts(handler):
@@ -76,7 +76,7 @@ def _in_processes(work, pairs, jobs, retries):
     todo,kills,lost = dict(enumerate(pairs)),Counter[int](),0
     while todo:
         batch = [i for i in todo if not kills[i]] or list(todo)[:1] # what was at work when one was killed: alone
-        tasks = [joblib.delayed(_call_numbered)(i, work, *todo[i]) for i in batch]
+        tasks = [joblib.delayed(_call_numbered)(i, os.getpid(), work, *todo[i]) for i in batch]
         try:
             with _deaf_to_interrupts():
                 results = joblib.Parallel(jobs, return_as='generator_unordered', batch_size=1)(tasks)
