@@ -28,7 +28,7 @@ gpu: $(VENV)/.runtime ## Run what waits for a GPU, in pieces that resume; says s
 
 test: $(VENV)/.dev notebooks style docs ## Run everything: notebooks, style, docs site, and pytest last
 	$(call step,pytest)
-	@SITE=_docs OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m 'not processes'
+	@SITE=_docs OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not processes'
 	@SITE=_docs python -m pytest -m processes
 
 notebooks: $(VENV)/.dev ## Run every notebook as a test, two at a time

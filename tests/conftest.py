@@ -9,6 +9,10 @@ def seeded():
     "The same random numbers for a test whatever ran before it"
     for f in (random.seed, np.random.seed, torch.manual_seed): f(0)
 
+def pytest_collection_modifyitems(items):
+    "The file that takes longest first, so that no other waits for it at the end"
+    items.sort(key=lambda item: item.path.name!='test_site.py')
+
 @pytest.fixture(scope='session')
 def fork():
     "Start a function in a process of its own, forked from one that has imported everything"
