@@ -48,6 +48,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'phantom_nb.cli._names': ('cli.html#_names', 'phantom_nb/cli.py'),
                                 'phantom_nb.cli._option': ('cli.html#_option', 'phantom_nb/cli.py'),
                                 'phantom_nb.cli._option_words': ('cli.html#_option_words', 'phantom_nb/cli.py'),
+                                'phantom_nb.cli._options_of': ('cli.html#_options_of', 'phantom_nb/cli.py'),
                                 'phantom_nb.cli._others_words': ('cli.html#_others_words', 'phantom_nb/cli.py'),
                                 'phantom_nb.cli._planned': ('cli.html#_planned', 'phantom_nb/cli.py'),
                                 'phantom_nb.cli._recorded_words': ('cli.html#_recorded_words', 'phantom_nb/cli.py'),

@@ -58,7 +58,7 @@ NTrain = Annotated[int|None, _option("Training images, class-balanced. "
     "Default: digits 200, cifar100 5000, a folder's all, else 1000; all with --time-budget.")]
 Methods = Annotated[str|None, _option(f"Comma-separated, joined by + to combine, a setting behind a colon "
     f"(half_mhe:lam=3), from: {_names(METHODS)}. "
-    "Default: one of each kind, as many as fit the time.")]
+    "Default: fourteen; with --time-budget, one of each kind, as many as fit.")]
 Seeds = Annotated[int|None, _option("Runs of every method, with seeds 0, 1, ... Default: 5, or what fits the time.")]
 Epochs = Annotated[int|None, _option("Passes over the training images. "
     "Default: what suits the data, or fits the time.")]
@@ -404,6 +404,13 @@ def _say_images(console, plan, runs, dls, budget, complete, root):
     elif n_test<plan.FEW and not plan.has_test_images(run.data, root):
         _say(console, "With --time-budget, every image judges in turn (cross-validation).")
 
+def _options_of(df, run):
+    "What sets recorded rows apart from a run, in words"
+    def values(name): return sorted({f'{v:g}' if isinstance(v, float) else str(v) for v in df[name].dropna()})
+    names = [name for name in ('model','n_train','size','epochs','lr','bs','augment') if name in df]
+    differ = {name:values(name) for name in names if set(values(name))-{str(getattr(run, name))}}
+    return '; '.join(f"{name} {', '.join(given)}" for name,given in differ.items()) or 'methods or settings'
+
 def _recorded_words(runs, out):
     "Sentences on what is recorded already, and on what was recorded of other images"
     from phantom_nb.experiments.store import images_of, load_results
@@ -413,8 +420,7 @@ def _recorded_words(runs, out):
     if there.any(): yield f"{there.sum()} of {len(runs)} runs are recorded already in {out}."
     more = df[~there & (images_of(df)==runs[0].images)]
     if len(more):
-        epochs = ', '.join(f'{n:.0f}' for n in sorted(more.epochs.unique()))
-        yield f"{len(more)} more there have other options (epochs {epochs}): the page shows them, too."
+        yield f"{len(more)} more there have other options ({_options_of(more, runs[0])}): the page shows them, too."
     other = (df.data==runs[0].data) & (images_of(df)!=runs[0].images)
     if other.any():
         yield f"{other.sum()} more in {out} saw other images: the folder has changed since, so they are not used."

@@ -337,7 +337,8 @@ def create_model(
     options |= dict(n_in=whole('n_in', n_in), n_out=whole('n_out', n_out), size=size, dropout=dropout)
     _check_options(name, options)
     if pretrained and not is_foreign(name):
-        raise ValueError(f"{name} has no pretrained weights: use timm:NAME or torchvision:NAME, or weights=FILE")
+        raise ValueError(f"{name} has no pretrained weights: use timm:tf_efficientnet_lite0, another timm:NAME, "
+            "torchvision:NAME, or weights=FILE")
     if norm!='batch' and (pretrained or weights and is_foreign(name)):
         raise ValueError(f"norm={norm!r}: trained weights need the normalization that they were trained with")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):

@@ -186,7 +186,7 @@ def _torchvision_model(name, n_in, n_out, dropout, pretrained):
         try: state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
         except (OSError, RuntimeError) as e:
             raise ConnectionError(f"the weights of torchvision:{name} were not fetched ({e}); "
-                "give a file with weights=FILE") from e
+                f"take timm:{PACKAGED}, which needs no download, or give a file with weights=FILE") from e
         load_weights(model, state, f"torchvision's weights of {name}")
     return model
 

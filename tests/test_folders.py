@@ -106,6 +106,13 @@ def test_a_class_that_test_lacks_is_named(tmp_path):
 def test_folders_that_are_no_data_set(tmp_path, counts, says):
     with pytest.raises(ValueError, match=says): load_dataset(tree(tmp_path/'d', counts))
 
+@pytest.mark.parametrize('name', ['models','__MACOSX'])
+def test_folders_that_others_leave_are_no_classes_unless_they_hold_images(tmp_path, name):
+    root = tree(tmp_path/'d', {'a': 3, 'b': 3, name: 0})
+    assert load_dataset(root).classes==['a','b']
+    fill(root/name, 3, 9)
+    assert sorted(load_dataset(root).classes)==sorted(['a','b',name])
+
 def test_names_and_folders_are_told_apart(tmp_path, monkeypatch):
     tree(tmp_path/'mine', {'a': 5, 'b': 5})
     monkeypatch.chdir(tmp_path)

@@ -304,3 +304,8 @@ def test_a_number_of_images_a_class_is_planned_as_such(monkeypatch):
     monkeypatch.setattr(plan, 'step_seconds', lambda *args, **kwargs: .01)
     fits = [plan_comparison(run, 60., jobs=1, device='cpu')[1] for run in (Run(n_train=50), Run(n_train=None, per_class=5))]
     assert fits[0]==fits[1]
+
+def test_other_options_of_recorded_rows_are_those_that_differ():
+    rows = pd.DataFrame([dict(vars(Run(epochs=4, size=24, model=model, method='mixup')), settings=()) for model in ('plain_cnn','small_cnn')])
+    assert cli._options_of(rows, Run(epochs=4, size=16))=='model plain_cnn, small_cnn; size 24'
+    assert cli._options_of(rows[1:], Run(epochs=4, size=24))=='methods or settings'

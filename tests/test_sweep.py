@@ -35,6 +35,7 @@ def test_grid_of_methods_data_sizes_seeds():
 @pytest.mark.parametrize('spec,what', [('epoch = 3', "key='epoch' (did you mean 'epochs'?)"), ('[[runs]]\nn_trian = 3', "did you mean 'n_train'"),
     ('methods = ["mpu"]', "method='mpu'"), ('[settings.mhe]\nlamb = 1', "did you mean 'lam'"), ('[settings.mpu]\nlam = 1', "method='mpu'"),
     ('[tune]\ntrial = 1', "did you mean 'trials'"), ('seeds = 0', 'seeds=0'), ('seeds = true', 'seeds=True'), ('epochs = "ten"', "epochs='ten'"),
+    ('', 'the file is empty'), ('# methods = ["mhe"]', 'the file is empty'),
     ('data = ["digits", "mnist"]', "data='mnist'"), ('epochs = ', 'x.toml'), ('tune = 3', 'tune=3'), ('runs = 3', 'runs=3'), ('settings = 1', 'settings=1'),
     ('trace = "all"', "trace='all'"), ('trace = "means"\n[tune]', 'keeps no traces'), ('[tune]\ntrials = 0', 'trials=0'), ('methods = []', 'methods=[]'), ('seeds = [0.5]', 'seed=0.5'),
     ('[settings.mhe]\nlam = [1, 2]\n[tune]', 'settings.mhe.lam: tuning chooses it'), ('lr = [0.1, 0.2]\n[tune]', 'lr: tuning chooses it'),

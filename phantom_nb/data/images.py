@@ -289,11 +289,13 @@ def _are_classes(folder, dirs):
 def _has_images(folder): return any(map(_is_image, os.scandir(folder)))
 
 # %% ../../nbs/data/images.ipynb #f119564f
+_LEFT_BY_OTHERS = 'models', '__macosx' # fastai's lr_find makes the first, archives of macOS hold the second
 def class_folders(
     split:Path # a folder of classes, or of superclasses that hold classes
 )->dict[str,Path]: # plain class name -> its folder
     "Find the class folders of a split; ValueError if two have one name (ours)."
-    found = _folders(split)
+    found = [folder for folder in _folders(split) if folder.name.lower() not in _LEFT_BY_OTHERS
+        or any(map(_has_images, [folder, *_folders(folder)]))]
     nested = [inner for folder in found for inner in _folders(folder)]
     if nested and not any(map(_has_images, found)): found = nested
     classes = dict[str,Path]()

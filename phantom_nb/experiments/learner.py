@@ -36,7 +36,7 @@ from ..data.loaders import ImageSet
 from .methods import Pieces, make_method
 from .optimizer import fused_adam, fused_sgd
 from .quantities import calibration_error, judge_spoilt, logit_margins, network_quantities
-from .run import Run, step_points
+from .run import DATA_NAMES, Run, step_points
 from ..measures.embeddings import embedding_metrics, watch_head
 from ..models import create_model
 from ..pretrained import FreezeNorm, param_groups
@@ -393,8 +393,9 @@ def outputs_for(
     "Count the outputs of a network on images of this shape; raise a `ValueError` if it cannot read them (ours)."
     seen = getattr(getattr(learn.dls.train, 'dataset', None), 'x', None)
     if isinstance(seen, torch.Tensor) and seen.shape[1:]!=shape:
+        resized = data not in DATA_NAMES and seen.shape[1]==shape[0] and seen.shape[2]==seen.shape[3]
         raise ValueError(f"the network was trained on images of {_shape_words(seen.shape[1:])}, "
-            f"{data} has {_shape_words(shape)}: {REMEDY_DATA}")
+            f"{data} has {_shape_words(shape)}: {f'give --size {seen.shape[-1]}, or '*resized}{REMEDY_DATA}")
     try:
         with torch.no_grad(): return learn.model.eval()(torch.zeros(2, *shape)).shape[1]
     except (RuntimeError, ValueError, IndexError) as e:
