@@ -299,7 +299,7 @@ def load_sweep(
     except UnicodeDecodeError as e: raise ValueError(f"{path}: is no text in UTF-8") from e
     try:
         spec = tomllib.loads(text)
-        if not spec: raise ValueError("the file is empty: name at least the methods, such as methods = ['none','mixup']")
+        if not spec: raise ValueError("the file is empty: name at least its methods = ['none','mixup']")
         return parse_sweep(spec, path.stem)
     except tomllib.TOMLDecodeError as e: raise ValueError(f"{path}: {e}{_toml_hint(text, e)}") from e
     except (ValueError, TypeError, AttributeError) as e: raise ValueError(f"{path}: {e}") from e
