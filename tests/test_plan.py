@@ -10,7 +10,7 @@ from phantom_nb import cli
 from phantom_nb.data import get_dls
 from phantom_nb.experiments import gpu
 from phantom_nb.experiments.plan import advise, comparison_runs, detectable_words, divide_time, has_test_images, kept_plan, mean_and_interval
-from phantom_nb.experiments.plan import other_ways, plan_comparison, seconds_for, validation_images
+from phantom_nb.experiments.plan import other_ways, plan_comparison, seconds_for, unfit_words, validation_images
 from phantom_nb.experiments.run import Run
 from phantom_nb.experiments.runner import load_results, make_learner
 from phantom_nb.experiments.stats import SAME
@@ -309,3 +309,14 @@ def test_other_options_of_recorded_rows_are_those_that_differ():
     rows = pd.DataFrame([dict(vars(Run(epochs=4, size=24, model=model, method='mixup')), settings=()) for model in ('plain_cnn','small_cnn')])
     assert cli._options_of(rows, Run(epochs=4, size=16))=='model plain_cnn, small_cnn; size 24'
     assert cli._options_of(rows[1:], Run(epochs=4, size=24))=='methods or settings'
+
+def test_few_steps_an_epoch_are_said():
+    rows = pd.DataFrame([dict(method='none', train_accuracy=.6, epochs=20, n_train=72, bs=64)])
+    assert 'Train longer first, in batches of 16 (40 epochs)' in ' '.join(unfit_words(rows))
+    assert 'batches' not in ' '.join(unfit_words(rows.assign(bs=16)))+' '.join(unfit_words(rows.assign(n_train=1000)))
+
+def test_batches_are_as_asked(capsys, tmp_path):
+    code,_,_ = compare(capsys, '--methods', 'mixup', '--seeds', '1', '--n-train', '40', '--bs', '20', '--out', str(tmp_path))
+    assert code==0 and set(load_results(tmp_path/'runs').bs)=={20}
+    code,_,err = compare(capsys, '--bs', '1', '--out', str(tmp_path))
+    assert code==2 and 'bs=1' in err

@@ -306,6 +306,8 @@ def unfit_words(
     fits = plain.train_accuracy.mean()
     if not fits<FITS: return '',''
     longer = f" ({max(30, 2*plain.epochs.max()):.0f} epochs)" if 'epochs' in plain else ''
+    if {'n_train','bs'}<=set(plain) and (plain.n_train<10*plain.bs).all() and (plain.bs>16).all():
+        longer = f", in batches of 16{longer}" # a few steps an epoch teach little
     fact = f"Plain training is right on {100*fits:.1f} % of its training images."
     return fact, f"Train longer first{longer}: this compares how fast methods learn, not how well they generalize."
 
