@@ -287,7 +287,8 @@ def _named_methods(methods, check):
 @app.command()
 def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds:Seeds=None, epochs:Epochs=None,
     model:Model='small_cnn', pretrained:Pretrained=False, augment:Augment='', size:Resized=None, lr:Lr=None,
-    bs:Batch=None, precision:Precision='float32', time_budget:Budget=None, out:Out=None, root:Root=None, jobs:Jobs=None):
+    bs:Batch=None, precision:Precision='float32', time_budget:Budget=None, out:Out=None, root:Root=None,
+    jobs:Jobs=None):
     "Train methods with the same seeds, data order and budget; show who wins and by how much."
     fields = _shared_fields(data, model, pretrained, augment, size, lr, precision, bs)
     if epochs==1: fields.pop('frozen', None) # nothing is left after the head's epoch
