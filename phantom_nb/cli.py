@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'BENCH_NAMES', 'ENGINE_NAMES', 'PICTURES', 'Data', 'NTrain', 'Methods', 'Seeds', 'Epochs', 'Model',
-           'Pretrained', 'Augment', 'Size', 'Resized', 'Lr', 'Batch', 'Precision', 'Out', 'Root', 'Jobs', 'Budget',
+           'Pretrained', 'Augment', 'Size', 'Resized', 'Lr', 'Bs', 'Precision', 'Out', 'Root', 'Jobs', 'Budget',
            'MOST_FINDINGS', 'Spec', 'SweepOut', 'Limit', 'Engine', 'Address', 'Recorded', 'Where', 'Over', 'Metric',
            'Lower', 'Baseline', 'Export', 'Plot', 'Name', 'Download', 'Bench', 'Kept', 'Saved', 'Seen', 'Sample',
            'Figure', 'MEASURES_TOLD', 'Classes', 'PerClass', 'Counted', 'WrongLabels', 'Started', 'Imbalance', 'Page',
@@ -70,7 +70,7 @@ Size = Annotated[int|None, _option("Side of the images in pixels. Default: the d
     "for a learner that was trained on a folder, that of its images.")]
 Resized = Annotated[int|None, _option("Side of the images in pixels. Default: the data's own; for a folder 128.")]
 Lr = Annotated[float|None, _option("Highest learning rate. Default: 0.01; 0.001 with --pretrained.")]
-Batch = Annotated[int|None, _option("Images a batch. Default: 64; a hundred photos learn sooner with 16.")]
+Bs = Annotated[int|None, _option("Images a batch. Default: 64; a hundred photos learn sooner with 16.")]
 Precision = Annotated[str, _option("float32, bf16, or auto: what a few timed steps show to be faster.")]
 Out = Annotated[Path|None, _option("Folder for the results. Default: compare/DATA-N_TRAIN.")]
 Root = Annotated[Path|None, _option("Folder to look for the data first.")]
@@ -287,8 +287,7 @@ def _named_methods(methods, check):
 @app.command()
 def compare(data:Data='digits', n_train:NTrain=None, methods:Methods=None, seeds:Seeds=None, epochs:Epochs=None,
     model:Model='small_cnn', pretrained:Pretrained=False, augment:Augment='', size:Resized=None, lr:Lr=None,
-    bs:Batch=None, precision:Precision='float32', time_budget:Budget=None, out:Out=None, root:Root=None,
-    jobs:Jobs=None):
+    bs:Bs=None, precision:Precision='float32', time_budget:Budget=None, out:Out=None, root:Root=None, jobs:Jobs=None):
     "Train methods with the same seeds, data order and budget; show who wins and by how much."
     fields = _shared_fields(data, model, pretrained, augment, size, lr, precision, bs)
     if epochs==1: fields.pop('frozen', None) # nothing is left after the head's epoch
